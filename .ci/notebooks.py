@@ -83,9 +83,19 @@ def execute(path: Path, budget: str, output: Path) -> float:
     return time.perf_counter() - start
 
 
+def drop_stderr(path: Path) -> None:
+    "Remove warnings and progress bars from the stored outputs."
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(notebook, path)
+
+
 def run(names: list[str], budget: str) -> None:
     for path in chosen(NOTEBOOKS, ".ipynb", names):
         print(f"{path.name}: {execute(path, budget, path):.0f} s", flush=True)
+        drop_stderr(path)
         subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", str(path)], check=True)
 
 
