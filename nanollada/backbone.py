@@ -317,16 +317,17 @@ class Denoiser:
         self,
         forward: nn.Module,  # a `Backbone`, wrapped or not
         shift: bool = False,  # whether its logits at i-1 answer for position i
+        document_ids: Tensor | None = None,  # (B, L); tokens then see their own document only
     ):
-        self.forward, self.shift = forward, shift
+        self.forward, self.settings = forward, dict(causal=False, shift=shift, document_ids=document_ids)
 
     def __call__(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         "Logits (B, L, V)."
-        return self.forward(ids, causal=False, attention_mask=attention_mask, shift=self.shift)
+        return self.forward(ids, attention_mask=attention_mask, **self.settings)
 
     def at(self, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         "Logits (N, V) at the True positions of `where` (B, L), row by row."
-        return self.forward(ids, causal=False, attention_mask=attention_mask, shift=self.shift, at=where)
+        return self.forward(ids, attention_mask=attention_mask, at=where, **self.settings)
 
 # %% ../nbs/04_backbone.ipynb #PRESETS
 PRESETS: dict[str, dict] = {
