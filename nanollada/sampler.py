@@ -293,10 +293,10 @@ def _check_canvas(
         raise UserError(f"where is {where.dtype} {tuple(where.shape)}; expected bool {tuple(canvas.shape)}")
     if not where.any():
         raise UserError("the canvas has no masks to fill; put the mask id where text is wanted")
-    if (~where & (canvas == mask_id) & (True if attention_mask is None else attention_mask.bool())).any():
-        raise UserError(f"the given text contains the mask id {mask_id}; remove it, or use infill")
     if attention_mask is not None and attention_mask.shape != canvas.shape:
         raise UserError(f"attention_mask is {tuple(attention_mask.shape)}; expected {tuple(canvas.shape)}")
+    if (~where & (canvas == mask_id) & (True if attention_mask is None else attention_mask.bool())).any():
+        raise UserError(f"the given text contains the mask id {mask_id}; remove it, or use infill")
     if attention_mask is not None and (where & (attention_mask == 0)).any():
         raise UserError("text is wanted where attention_mask is 0: padding cannot be filled")
     if isinstance(generator, Sequence) and len(generator) != len(canvas):

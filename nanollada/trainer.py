@@ -150,7 +150,7 @@ def make_optimizers(
     "The optimizers, each group with its `lr_scale`. Raises `UserError` for muon on a torch without it."
     groups = parameter_groups(model)
     if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UserError(f"optimizer is muon, which torch {torch.__version__} lacks: use adamw, or torch 2.9 and later")
+        raise UserError(f"optimizer is muon, which torch {torch.__version__} lacks: use adamw, or torch 2.9")
     muon = groups.pop("hidden") if cfg.optimizer == "muon" else []
     decay = groups["matrix"] + groups.get("hidden", [])
     sets = [{"params": decay, "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
@@ -273,9 +273,9 @@ class Meter:
         "Add one forward pass: its sum of losses, and its sums or (sum, weight) pairs to log."
         for name, value in {"loss": loss, **logs}.items():
             total, weight = value if isinstance(value, tuple) else (value, None)
-            self.sums[name] = self.sums.get(name, 0.0) + total.detach().float()
+            self.sums[name] = self.sums.get(name, 0.0) + torch.as_tensor(total).detach().float()
             if weight is not None:
-                self.weights[name] = self.weights.get(name, 0.0) + weight.detach().float()
+                self.weights[name] = self.weights.get(name, 0.0) + torch.as_tensor(weight).detach().float()
 
     def end_step(self, norm: Tensor, count: float, tokens: int) -> None:
         "Add what belongs to a whole update: gradient norm, denominator, tokens."
@@ -286,7 +286,8 @@ class Meter:
         "The averages over all processes. This waits for the device."
         names = sorted(self.sums)
         values = [self.sums[n] for n in names] + [self.weights[n] for n in names if n in self.weights]
-        values = accelerator.reduce(torch.stack(values), "sum").tolist()
+        values = torch.stack([v.to(accelerator.device) for v in values])
+        values = accelerator.reduce(values, "sum").tolist()
         weights = dict(zip([n for n in names if n in self.weights], values[len(names):]))
         return {n: v / max(weights.get(n, self.count), 1e-12) for n, v in zip(names, values)}
 
@@ -486,8 +487,8 @@ def _micro_rows(cfg: TrainConfig, world: int) -> int:
     "Rows per forward pass; `UserError` if the batch does not divide."
     micro = cfg.micro_batch_size or max(1, cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
-        raise UserError(f"batch_size is {cfg.batch_size}; expected a multiple of micro_batch_size x processes, "
-                        f"{micro} x {world}")
+        raise UserError(f"batch_size is {cfg.batch_size}; expected a multiple of {micro} x {world}, "
+                        "micro_batch_size x processes")
     return micro
 
 # %% ../nbs/08_trainer.ipynb #Run
@@ -545,7 +546,7 @@ def _open_folder(run: _Run, resume: bool, overwrite: bool, info: dict | None) ->
         return
     state, found = run.out / "state", latest_checkpoint(run.out / "state")
     if resume and not (run.out / "train_config.json").exists():
-        raise UserError(f"{run.out}: nothing to resume, no train_config.json; check the folder or do not resume")
+        raise UserError(f"{run.out}: nothing to resume, no train_config.json; check the folder")
     if found and not (resume or overwrite):
         raise UserError(f"{run.out}: already holds a run, at {found.name}; resume it, allow overwriting it, "
                         "or choose another folder")
@@ -557,7 +558,8 @@ def _open_folder(run: _Run, resume: bool, overwrite: bool, info: dict | None) ->
         (run.out / "metrics.jsonl").unlink(missing_ok=True)
     if run.writes:
         state.mkdir(parents=True, exist_ok=True)
-        write_json(run.out / "train_config.json", {**asdict(run.cfg), **(info or {})})
+        facts = {"processes": run.accelerator.num_processes, "torch": torch.__version__, **(info or {})}
+        write_json(run.out / "train_config.json", {**asdict(run.cfg), **facts})
 
 
 def _restore(run: _Run, checkpoint: Path) -> None:
@@ -605,8 +607,8 @@ def _positive_count(run: _Run, batch: dict[str, Tensor]) -> float:
     "The denominator of a batch; `UserError` if it is zero."
     count = float(run.task.count(batch))
     if count <= 0:
-        raise UserError(f"the task counts {count} tokens in the batch of step {run.step}; expected more: check "
-                        "that its rows leave something to learn")
+        raise UserError(f"the task counts {count} tokens in the batch of step {run.step}; expected more "
+                        "than 0: check that its rows leave something to learn")
     return count
 
 # %% ../nbs/08_trainer.ipynb #log
@@ -631,8 +633,9 @@ def _check_finite(run: _Run, record: dict, names: tuple[str, ...]) -> None:
     for name in names:
         if not math.isfinite(record[name]):
             kept = latest_checkpoint(run.out / "state") if run.out else None
-            raise UserError(f"{record['split']} {name} is {record[name]} by step {run.step}: lower learning_rate, "
-                            f"clip at 1.0, warm up longer, or try precision='no'. Last whole checkpoint: {kept}")
+            raise UserError(f"{record['split']} {name} is {record[name]} by step {run.step}: lower the "
+                            "learning_rate, clip at 1.0, warm up longer, or try precision='no'. "
+                            f"Last whole checkpoint: {kept}")
 
 # %% ../nbs/08_trainer.ipynb #keep
 def _keep(run: _Run, record: dict) -> None:
@@ -760,8 +763,9 @@ def train(
     overwrite: bool = False,  # allow a new run in a folder that holds one
     info: dict | None = None,  # more entries for train_config.json
 ) -> TrainResult:  # history, best validation, time
-    """Minimise the task's loss. The folder gets the weights of the best validation; without one, the last.
+    """Minimise the task's loss, and return how it went.
 
+    The folder gets the weights of the best validation or, where the task has none, the last weights.
     Raises `UserError` for a loss that is not finite, a folder already in use, settings that differ from those
     of the run to resume, a full disk, and too little memory. After SIGINT or SIGTERM it saves, then stops.
     """

@@ -1,4 +1,4 @@
-"""Denoisers small enough to know everything about: V words with ids 0 .. V-1, and MASK is id V. All in float64."""
+"""Denoisers small enough to know everything about: V words, ids 0 .. V-1, and MASK is id V. All float64."""
 
 import torch
 import torch.nn.functional as F

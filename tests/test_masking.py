@@ -70,7 +70,7 @@ def test_stratified_t_has_one_level_per_stratum_and_uniform_rows(batch_size, eps
     assert t.dtype == torch.float32 and (t > 0).all() and (t >= eps).all() and (t <= 1).all()
     u = ((t.double() - eps) / (1 - eps)).clamp(1e-9, 1)
     strata = (u * batch_size - 1e-5).ceil().clamp(min=1).sort(1).values
-    assert (strata == torch.arange(1, batch_size + 1)).double().mean() > 0.999  # but for rounding at the edges
+    assert (strata == torch.arange(1, batch_size + 1)).double().mean() > 0.999  # rounding at the edges
     assert ((u.mean(0) - 0.5).abs() < 4.5 * (1 / 12 / 3000) ** 0.5).all()
 
 
