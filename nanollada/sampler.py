@@ -42,8 +42,8 @@ def choose_tokens(
     "Draw from softmax(logits / T) as the argmax of logits - T ln(-ln u), in the precision of the noise."
     if temperature == 0:
         return logits.argmax(-1)
-    gumbel = -torch.log(-torch.log(uniform))
-    return (logits.to(gumbel) + temperature * gumbel).argmax(-1).to(logits.device)
+    gumbel = torch.log(uniform).neg_().log_().neg_()  # the first log is a new tensor, the rest are done in it
+    return torch.add(logits.to(gumbel), gumbel, alpha=temperature).argmax(-1).to(logits.device)
 
 # %% ../nbs/10_sampler.ipynb #confidence
 CONFIDENCE_RULES = ("low_confidence", "margin", "entropy")

@@ -42,21 +42,20 @@ def train_tokenizer(
     texts: Iterable[str],  # documents; read once, never held in memory together
     vocab_size: int,  # entries in all, at least 260: four special tokens, 256 bytes, and the merges
     min_frequency: int = 2,  # a pair must occur this often to become an entry
-) -> PreTrainedTokenizerFast:  # with pad, bos, eos and mask at ids 0 to 3; smaller than asked if pairs run out
-    "A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer. Raises `UserError`."
+) -> PreTrainedTokenizerFast:  # pad, bos, eos and mask are ids 0 to 3; smaller than asked if pairs run out
+    "A byte-level BPE tokenizer trained on `texts`; the same texts give the same one. Raises `UserError`."
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(f"vocab_size is {vocab_size}; expected at least 260 (256 bytes and 4 special tokens)")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False,
-        special_tokens=list(SPECIAL_TOKENS.values()), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
     )
     raw.train_from_iterator(_checked(texts), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE, **SPECIAL_TOKENS
-    )
+    settings = {"clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE, **SPECIAL_TOKENS}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **settings)
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
@@ -74,7 +73,7 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
 def encode(
     tokenizer: PreTrainedTokenizerFast,  # from `load_tokenizer` or `train_tokenizer`
     text: str,  # anything
-    allow_special: bool = False,  # True: spellings such as <|im_end|> become special tokens; only for our own templates
+    allow_special: bool = False,  # True: <|im_end|> and its like become special; for our own templates
 ) -> list[int]:  # ids; no bos or eos is added
     "The ids of one text. Unless allowed, no text yields the id of a special token. Raises `UserError`."
     return encode_batch(tokenizer, [text], allow_special)[0]
@@ -85,7 +84,7 @@ def encode_batch(
     texts: Sequence[str],  # several texts
     allow_special: bool = False,  # as for `encode`
 ) -> list[list[int]]:  # one list of ids for each
-    "The ids of several texts, in one fast call. Unless allowed, no text yields a special id. Raises `UserError`."
+    "The ids of several texts in one call. Unless allowed, no text yields a special id. Raises `UserError`."
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"text is {type(text).__name__} ({str(text)[:40]!r}); expected a string")
@@ -97,42 +96,43 @@ def encode_batch(
             truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
         )["input_ids"]
     except (UnicodeEncodeError, TypeError):  # which one depends on the version of transformers
-        raise UserError("text holds half a surrogate pair, which UTF-8 cannot write: repair it at its source") from None
+        raise UserError("text holds half a surrogate pair, not UTF-8: repair the source") from None
 
 # %% ../nbs/01_tokenizer.ipynb #load_tokenizer
 def load_tokenizer(
     path_or_id: str | Path,  # a folder with tokenizer.json (a run folder will do), or a Hugging Face hub id
     mask_token: str = "<|mask|>",  # spelling of the mask to add if the tokenizer has none
 ) -> PreTrainedTokenizerFast:  # has distinct mask_token_id, and pad_token_id, bos_token_id, eos_token_id
-    """Open a tokenizer and complete it. A new mask gets the id `len(tokenizer)`; a missing eos or bos is taken from the
-    added tokens by its usual spelling, else eos is added and bos is eos; a missing pad is eos. Raises `UserError`."""
+    """Open a tokenizer and complete it. A new mask gets the id `len(tokenizer)`; a missing eos or bos is sought
+    among the added tokens, else eos is added and bos is eos; a missing pad is eos. Raises `UserError`."""
     folder = _find_folder(path_or_id)
     settings = folder / "tokenizer_config.json"
     read_json(folder / "tokenizer.json")
     if settings.exists():
         read_json(settings)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{folder}: not a tokenizer ({_first_line(error)}); expected files saved by `save_pretrained`") from None
+        raise UserError(f"{folder}: not a tokenizer ({_first_line(error)}); use `save_pretrained`") from None
     tokenizer.clean_up_tokenization_spaces = False
     _complete_ends(tokenizer)
     _complete_mask(tokenizer, mask_token)
     return tokenizer
 
-
+# %% ../nbs/01_tokenizer.ipynb #_find_folder
 def _find_folder(path_or_id: str | Path) -> Path:
     "The local folder of a tokenizer, fetched from the hub if `path_or_id` is not one. Raises `UserError`."
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: no tokenizer.json in this folder; expected a folder written by `save_pretrained`")
+            raise UserError(f"{folder}: no tokenizer.json here; expected a folder from `save_pretrained`")
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)):
-        raise UserError(f"{path_or_id}: no such folder; expected one that holds tokenizer.json, or a hub id like name/model")
-    folder = fetch_from_hub(str(path_or_id), ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"])
+        raise UserError(f"{path_or_id}: no such folder; expected one with tokenizer.json, or a hub id")
+    files = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+    folder = fetch_from_hub(str(path_or_id), files)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{path_or_id}: this hub repository has no tokenizer.json, so no fast tokenizer to open")
+        raise UserError(f"{path_or_id}: this hub repository has no tokenizer.json, so nothing to open")
     return folder
 
 
@@ -165,7 +165,7 @@ def _complete_mask(tokenizer: PreTrainedTokenizerFast, mask_token: str) -> None:
         found = next((text for text in (mask_token, *MASK_SPELLINGS) if text in added), mask_token)
         _add_special(tokenizer, "mask_token", found)
     if tokenizer.mask_token_id in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise UserError(f"mask token {tokenizer.mask_token!r} is also pad, bos or eos: choose another `mask_token`")
+        raise UserError(f"mask token {tokenizer.mask_token!r} is also pad, bos or eos: choose another")
 
 
 def _add_special(tokenizer: PreTrainedTokenizerFast, name: str, text: str) -> None:
@@ -176,7 +176,7 @@ def _add_special(tokenizer: PreTrainedTokenizerFast, name: str, text: str) -> No
     tokenizer.add_special_tokens({name: text})
     number = tokenizer.convert_tokens_to_ids(text)
     if text not in before and number in before.values():
-        raise UserError(f"the new {name} got id {number}, already in use: this vocabulary has holes, renumber it first")
+        raise UserError(f"the new {name} got id {number}, already in use: the vocabulary has holes")
 
 # %% ../nbs/01_tokenizer.ipynb #fetch_from_hub
 def fetch_from_hub(
@@ -184,23 +184,24 @@ def fetch_from_hub(
     files: list[str],  # names or patterns of the files wanted
     repo_type: str = "model",  # "model" or "dataset"
 ) -> Path:  # folder in the local hub cache that holds them
-    "Fetch files of a Hugging Face repository, or find them in the cache. Raises `UserError` saying what to do offline."
+    "Fetch files of a hub repository, or find them in the cache. Raises `UserError`, with advice if offline."
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
     try:
-        return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files, local_files_only=not reachable))
+        wanted = {"repo_type": repo_type, "allow_patterns": files, "local_files_only": not reachable}
+        return Path(snapshot_download(repo_id, **wanted))
     except Exception as error:
         if reachable:
             raise UserError(f"{repo_id}: not fetched from the hub ({_first_line(error)})") from None
         hint = "fetch it on another machine and pass the folder, or set HF_ENDPOINT to a mirror"
-        raise UserError(f"{repo_id}: no such folder, not in the cache, and the hub does not answer: {hint}") from None
+        raise UserError(f"{repo_id}: no such folder, not cached, the hub does not answer: {hint}") from None
 
 
 def hub_is_reachable(
     timeout: float = 5.0,  # seconds to wait for an answer
 ) -> bool:  # False also if HF_HUB_OFFLINE is set
-    "Whether the Hugging Face hub (or its mirror in HF_ENDPOINT) accepts a connection; behind a proxy, assume so."
+    "Whether the hub (or its mirror in HF_ENDPOINT) accepts a connection; behind a proxy, assume so."
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

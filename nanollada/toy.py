@@ -105,17 +105,21 @@ ENGLISH = {
         "place": "river lake market school | forest bridge castle garden station mill church harbour "
                  "library bakery tower beach",
         "colour": "red blue green yellow | purple orange pink brown white black grey golden",
-        "toy": "kite ball doll train | robot puzzle yoyo scooter teddy puppet mask sled whistle marble wagon boat",
-        "tool": "lamp drum map rope | clock ladder basket umbrella violin camera mirror tent kettle flute blanket spade",
+        "toy": "kite ball doll train | robot puzzle yoyo scooter teddy puppet mask "
+               "sled whistle marble wagon boat",
+        "tool": "lamp drum map rope | clock ladder basket umbrella violin camera mirror "
+                "tent kettle flute blanket spade",
         "verb": "painted washed fixed hid | carried lost found borrowed admired shook dropped wrapped "
                 "cleaned sketched guarded polished",
         "feeling": "happy tired proud calm | hungry brave sleepy lucky lonely curious cheerful thankful",
     },
     "sentences": {
-        "meeting": {"plain": "On a {weather} {day} , {hero} the {kind} met {other} the {other_kind} near the {place} ."},
+        "meeting": {"plain": "On a {weather} {day} , {hero} the {kind} met {other} the {other_kind} "
+                             "near the {place} ."},
         "toy fact": {"forward": "{toy_owner} owns the {colour} {toy} .",
                      "backward": "The {colour} {toy} belongs to {toy_owner} ."},
-        "tool fact": {"forward": "{tool_owner} owns the {tool} .", "backward": "The {tool} belongs to {tool_owner} ."},
+        "tool fact": {"forward": "{tool_owner} owns the {tool} .",
+                      "backward": "The {tool} belongs to {tool_owner} ."},
         "friend fact": {"forward": "{whose} 's best friend is {friend} .",
                         "backward": "{friend} is {whose} 's best friend ."},
         "event": {"plain": "Together they {verb} the {thing} ."},
@@ -123,7 +127,8 @@ ENGLISH = {
     },
     "asks": {
         "owns": {"forward": "What does {subject} own?", "backward": "Who owns the {object}?"},
-        "friend": {"forward": "Who is {subject}'s best friend?", "backward": "Whose best friend is {object}?"},
+        "friend": {"forward": "Who is {subject}'s best friend?",
+                   "backward": "Whose best friend is {object}?"},
     },
 }
 
@@ -146,9 +151,11 @@ CHINESE = {
     },
     "sentences": {
         "meeting": {"plain": "一个 {weather} 的 {day} ， {kind} {hero} 在 {place} 遇见 了 {other_kind} {other} 。"},
-        "toy fact": {"forward": "{toy_owner} 拥有 {colour} 的 {toy} 。", "backward": "{colour} 的 {toy} 属于 {toy_owner} 。"},
+        "toy fact": {"forward": "{toy_owner} 拥有 {colour} 的 {toy} 。",
+                     "backward": "{colour} 的 {toy} 属于 {toy_owner} 。"},
         "tool fact": {"forward": "{tool_owner} 拥有 {tool} 。", "backward": "{tool} 属于 {tool_owner} 。"},
-        "friend fact": {"forward": "{whose} 最好 的 朋友 是 {friend} 。", "backward": "{friend} 是 {whose} 最好 的 朋友 。"},
+        "friend fact": {"forward": "{whose} 最好 的 朋友 是 {friend} 。",
+                        "backward": "{friend} 是 {whose} 最好 的 朋友 。"},
         "event": {"plain": "他们 一起 {verb} 了 {thing} 。"},
         "ending": {"plain": "最后 {hero} 觉得 很 {feeling} ， 回到 了 {home} 。"},
     },
@@ -197,7 +204,7 @@ class ToyLanguage:
         self.parts: dict[str, dict[str, list[Part]]] = {}
         known: frozenset[str] = frozenset()
         for name, ways in self.sentences.items():
-            self.parts[name] = {way: template_parts(template, self.gap, known) for way, template in ways.items()}
+            self.parts[name] = {way: template_parts(text, self.gap, known) for way, text in ways.items()}
             check_sentence(self, name, known)
             known |= {part.slot for part in next(iter(self.parts[name].values())) if part.new}
 
@@ -218,7 +225,7 @@ def check_prefix_free(
     ordered = sorted(words)
     for a, b in zip(ordered, ordered[1:]):
         if b.startswith(a):
-            raise UserError(f"{place}: {b!r} begins with {a!r}, so a text could be read in two ways: change one of them")
+            raise UserError(f"{place}: {b!r} begins with {a!r}, so a text has two readings: change one")
 
 # %% ../nbs/02_toy.ipynb #pasts
 def pasts(
@@ -255,7 +262,7 @@ def check_sentence(
             seen |= {part.slot} - {""}
     check_prefix_free(first, f"first words of {name!r}")
     if len({frozenset(part.slot for part in parts if part.new) for parts in lang.parts[name].values()}) > 1:
-        raise UserError(f"sentence {name!r}: its templates fill different slots; give each of them the same ones")
+        raise UserError(f"sentence {name!r}: its templates fill different slots; give all the same")
 
 
 def check_slot(
@@ -268,10 +275,10 @@ def check_slot(
     if isinstance(rule, (Draw, Follows)) and not lang.lists.get(rule.words):
         raise UserError(f"slot {slot!r} needs the word list {rule.words!r}: add it with at least one word")
     if isinstance(rule, Follows) and len(lang.lists[rule.words]) != len(lang.lists[rule.given]):
-        raise UserError(f"word lists {rule.given!r} and {rule.words!r} stand side by side: give them the same length")
+        raise UserError(f"word lists {rule.given!r} and {rule.words!r} are paired: give both the same length")
     late = [parent for parent in rule.parents if parent not in seen]
     if late:
-        raise UserError(f"slot {slot!r} depends on {late[0]!r}, which comes after it: change the order of the template")
+        raise UserError(f"slot {slot!r} depends on {late[0]!r}, which comes after it: change the template")
     words = {story[slot] for story, _ in pasts(lang, [slot])}
     if not words:
         raise UserError(f"slot {slot!r} has no word left to choose: make its list longer")
@@ -404,7 +411,7 @@ def sample(
 def surprises(
     text: str,  # a document
     language: Language = None,  # "en", "zh", a `ToyLanguage`, or None for both
-) -> list[tuple[str, float]] | None:  # each word and -log p(word | words before) in nats; None outside the language
+) -> list[tuple[str, float]] | None:  # words, -log p(word | words before); None if invalid
     "Where the information of a document lies, word by word; the sum is `-log_prob`."
     found = _read(text, language)
     if found is None:
@@ -462,9 +469,10 @@ def entropy(
 def mean_words(
     language: Language = None,  # "en", "zh", a `ToyLanguage`, or None for half of each
 ) -> float:  # words and punctuation marks per document
-    "The exact mean length of a document; every slot holds one word, so it depends only on the ways of telling."
-    each = [sum(sum(map(len, ways.values())) / len(ways) for ways in lang.parts.values()) for lang in _languages(language)]
-    return sum(each) / len(each)
+    "The exact mean length of a document; a slot holds one word, so only the ways of telling matter."
+    languages = _languages(language)
+    each = [sum(map(len, ways.values())) / len(ways) for lang in languages for ways in lang.parts.values()]
+    return sum(each) / len(languages)
 
 
 def entropy_per_token(
@@ -474,7 +482,7 @@ def entropy_per_token(
     "The floor under a loss per token. Raises `UserError` if `mean_tokens` is not positive."
     mean_tokens = mean_words(language) if mean_tokens is None else mean_tokens
     if not mean_tokens > 0:
-        raise UserError(f"mean_tokens is {mean_tokens}; expected the mean number of tokens per document, above 0")
+        raise UserError(f"mean_tokens is {mean_tokens}; expected the mean tokens per document, above 0")
     return entropy(language) / mean_tokens
 
 
@@ -514,13 +522,13 @@ def questions(
     _check_direction(direction)
     found = _read(text, language)
     if found is None:
-        raise UserError(f"not a story of the toy language: {text[:40]!r}...; expected one that `is_valid` accepts")
+        raise UserError(f"text is {text[:40]!r}..., no story of the language; expected one `is_valid` accepts")
     lang, story = found
     facts = [(relation, story[subject], story[object_]) for relation, subject, object_ in FACTS]
     asked = []
     for relation, subject, object_ in facts:
         asks, about = lang.asks[relation], {"subject": subject, "object": object_}
-        alone = sum(fact[:2] == (relation, subject) for fact in facts) == 1  # who owns two things has no one answer
+        alone = sum(fact[:2] == (relation, subject) for fact in facts) == 1  # the owner of two has no one answer
         if direction != "backward" and alone:
             asked.append((asks["forward"].format(**about), object_))
         if direction != "forward":

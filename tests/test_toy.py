@@ -244,7 +244,7 @@ def test_word_list_and_nats():
     (lambda: sample(1, language="fr"), "language is 'fr'"),
     (lambda: log_prob("x", "fr"), "language is 'fr'"),
     (lambda: entropy_per_token(0), "mean_tokens is 0"),
-    (lambda: questions("Once upon a time"), "not a story"),
+    (lambda: questions("Once upon a time"), "no story of the language"),
     (lambda: qa_samples(1, direction="up"), "direction is 'up'"),
     (lambda: check_prefix_free(["Ann", "Anna"], "name"), "'Anna' begins with 'Ann'"),
     (lambda: tiny("en", name="Tom Theo"), "first words of 'toy fact'"),
