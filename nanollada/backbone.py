@@ -331,10 +331,10 @@ class Denoiser:
 
 # %% ../nbs/04_backbone.ipynb #PRESETS
 PRESETS: dict[str, dict] = {
-    "toy": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=352),
-    "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704),
-    "small": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024),
-    "30m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
+    "toy": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=352, qk_norm=True),
+    "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704, qk_norm=True),
+    "small": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024, qk_norm=True),
+    "30m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, qk_norm=True),
     "llada-1b": dict(vocab_size=126_464, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
                      intermediate_size=5634, rope_theta=500_000.0),
     "llada-8b": dict(vocab_size=126_464, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,

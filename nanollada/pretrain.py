@@ -126,7 +126,8 @@ class PretrainConfig:
     processes: int = 1  # that tokenize; more pay from a gigabyte of text on
     resume: bool = False  # go on with the run in `out`
     overwrite: bool = False  # replace a run in `out`
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)  # how to train
+    train: TrainConfig = dataclasses.field(  # how to train; see `TrainConfig`
+        default_factory=lambda: TrainConfig(learning_rate=4e-3, optimizer="muon", decay_fraction=0.5, min_lr_ratio=0.02))
 
     def __post_init__(self) -> None:
         self.out, self.cache = Path(self.out), Path(self.cache)

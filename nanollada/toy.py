@@ -85,8 +85,6 @@ RULES: dict[str, Rule] = {
     "hero": Draw("name"),
     "other": Draw("name", but_not="hero"),
     "other_kind": Draw("kind"),
-    "toy_owner": Either(("hero", "other")),
-    "tool_owner": Either(("hero", "other")),
     "whose": Either(("hero", "other")),
     "thing": Either(("toy", "tool")),
     "home": Follows("home", "kind", ("kind",)),
@@ -97,8 +95,7 @@ ENGLISH = {
     "words": {
         "weather": "sunny windy rainy cloudy | foggy snowy stormy frosty warm cold dark bright",
         "day": "Saturday Sunday | Monday Tuesday Wednesday Thursday Friday",
-        "name": "Tom Ann Max Lily Sam Mia Ben Eva | Leo Zoe Jack Ruby Hugo Nora Finn Ivy "
-                "Oscar Clara Felix Alice Peter Daisy Henry Lucy",
+        "name": "Tom Ann Max Lily Sam Mia | Leo Zoe Jack Ruby Hugo Nora Oscar Clara Felix Lucy",
         "friend": "Bo Kim Ravi Otto | Nina Pip Gus Tess Wanda Dora Karl Elsa Yuri Jun Fritz Gina",
         "kind": "fox bear bird bee | rabbit dog horse cow frog spider pig hen",
         "home": "den cave nest hive | burrow kennel stable barn pond web sty coop",
@@ -116,10 +113,10 @@ ENGLISH = {
     "sentences": {
         "meeting": {"plain": "On a {weather} {day} , {hero} the {kind} met {other} the {other_kind} "
                              "near the {place} ."},
-        "toy fact": {"forward": "{toy_owner} owns the {colour} {toy} .",
-                     "backward": "The {colour} {toy} belongs to {toy_owner} ."},
-        "tool fact": {"forward": "{tool_owner} owns the {tool} .",
-                      "backward": "The {tool} belongs to {tool_owner} ."},
+        "toy fact": {"forward": "{hero} proudly owns the {colour} {toy} .",
+                     "backward": "The {colour} {toy} belongs to {hero} ."},
+        "tool fact": {"forward": "{other} proudly owns the {tool} .",
+                      "backward": "The {tool} belongs to {other} ."},
         "friend fact": {"forward": "{whose} 's best friend is {friend} .",
                         "backward": "{friend} is {whose} 's best friend ."},
         "event": {"plain": "Together they {verb} the {thing} ."},
@@ -137,8 +134,7 @@ CHINESE = {
     "words": {
         "weather": "晴朗 刮风 下雨 多云 | 有雾 下雪 寒冷 温暖 炎热 凉爽 阴沉 明媚",
         "day": "星期六 星期日 | 星期一 星期二 星期三 星期四 星期五",
-        "name": "小明 小红 大伟 志强 美玲 家豪 春花 建军 | 子涵 雨桐 浩然 思琪 俊杰 欣怡 天宇 梦瑶 "
-                "宇轩 晓燕 文博 佳宁 海涛 秋月 国栋 玉兰",
+        "name": "小明 小红 大伟 美玲 家豪 春花 | 志强 晓燕 子涵 雨桐 浩然 思琪 建军 秋月 天宇 玉兰",
         "friend": "阿宝 阿福 阿珍 豆豆 | 乐乐 果果 毛毛 圆圆 点点 牛牛 贝贝 糖糖 叮当 妞妞 元宝 石头",
         "kind": "狐狸 狗熊 喜鹊 蜜蜂 | 兔子 黄狗 白马 奶牛 青蛙 蜘蛛 花猪 母鸡",
         "home": "地洞 山洞 鸟巢 蜂房 | 草窝 狗屋 马厩 牛棚 池塘 蛛网 猪圈 鸡笼",
@@ -151,9 +147,9 @@ CHINESE = {
     },
     "sentences": {
         "meeting": {"plain": "一个 {weather} 的 {day} ， {kind} {hero} 在 {place} 遇见 了 {other_kind} {other} 。"},
-        "toy fact": {"forward": "{toy_owner} 拥有 {colour} 的 {toy} 。",
-                     "backward": "{colour} 的 {toy} 属于 {toy_owner} 。"},
-        "tool fact": {"forward": "{tool_owner} 拥有 {tool} 。", "backward": "{tool} 属于 {tool_owner} 。"},
+        "toy fact": {"forward": "{hero} 拥有 {colour} 的 {toy} 。",
+                     "backward": "{colour} 的 {toy} 属于 {hero} 。"},
+        "tool fact": {"forward": "{other} 拥有 {tool} 。", "backward": "{tool} 属于 {other} 。"},
         "friend fact": {"forward": "{whose} 最好 的 朋友 是 {friend} 。",
                         "backward": "{friend} 是 {whose} 最好 的 朋友 。"},
         "event": {"plain": "他们 一起 {verb} 了 {thing} 。"},
@@ -496,7 +492,11 @@ def vocabulary(
     return words - {"", ",", ".", "，", "。", "'s"}
 
 # %% ../nbs/02_toy.ipynb #FACTS
-FACTS = (("owns", "toy_owner", "toy"), ("owns", "tool_owner", "tool"), ("friend", "whose", "friend"))
+FACTS = (  # relation, subject, object
+    ("owns", "hero", "toy"),
+    ("owns", "other", "tool"),
+    ("friend", "whose", "friend"),
+)
 
 
 class QA(NamedTuple):
@@ -522,17 +522,14 @@ def questions(
     _check_direction(direction)
     found = _read(text, language)
     if found is None:
-        raise UserError(f"text is {text[:40]!r}..., no story of the language; expected one `is_valid` accepts")
+        raise UserError(f"text is {text[:40]!r}..., no story of the language: pass one `is_valid` accepts")
     lang, story = found
-    facts = [(relation, story[subject], story[object_]) for relation, subject, object_ in FACTS]
     asked = []
-    for relation, subject, object_ in facts:
-        asks, about = lang.asks[relation], {"subject": subject, "object": object_}
-        alone = sum(fact[:2] == (relation, subject) for fact in facts) == 1  # the owner of two has no one answer
-        if direction != "backward" and alone:
-            asked.append((asks["forward"].format(**about), object_))
-        if direction != "forward":
-            asked.append((asks["backward"].format(**about), subject))
+    for relation, subject, object_ in FACTS:
+        about = {"subject": story[subject], "object": story[object_]}
+        for way, answer in (("forward", about["object"]), ("backward", about["subject"])):
+            if direction in (None, way):
+                asked.append((lang.asks[relation][way].format(**about), answer))
     return asked
 
 # %% ../nbs/02_toy.ipynb #qa_samples

@@ -155,8 +155,8 @@ def test_published_sizes():
         counts = {name: count_parameters(Backbone(preset(name))) for name in ("llada-1b", "llada-8b")}
         thirty = count_parameters(Backbone(preset("30m", 6401)))
     assert round(counts["llada-1b"] / 1e9, 2) == 1.49 and round(counts["llada-8b"] / 1e9, 2) == 8.02
-    # two 6401 x 512 tables and 8 blocks of 4 x 512^2 + 3 x 512 x 1408, plus 17 norms of 512
-    assert thirty == 32_244_736 + 17 * 512
+    # two 6401 x 512 tables and 8 blocks of 4 x 512^2 + 3 x 512 x 1408, plus 17 norms of 512 and 16 of 64
+    assert thirty == 32_244_736 + 17 * 512 + 16 * 64
 
 
 def test_frequencies_without_yarn_are_the_plain_powers():

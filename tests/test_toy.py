@@ -38,17 +38,17 @@ def brute_force(lang) -> tuple[Counter, dict[str, float]]:
             continue
         p = share["name"][hero] * share["name"][other] / (1 - share["name"][hero])
         p *= share["kind"][kind] * share["kind"][other_kind] * share["toy"][toy]
-        for owner, keeper, whose in itertools.product((hero, other), repeat=3):
+        for whose in (hero, other):
             for thing, told in itertools.product((toy, one["tool"]), itertools.product(("forward", "backward"), repeat=3)):
-                slots = one | dict(hero=hero, other=other, kind=kind, other_kind=other_kind, toy=toy, toy_owner=owner,
-                                   tool_owner=keeper, whose=whose, thing=thing, home=homes[kind])
+                slots = one | dict(hero=hero, other=other, kind=kind, other_kind=other_kind, toy=toy, whose=whose,
+                                   thing=thing, home=homes[kind])
                 ways = {"meeting": "plain", "event": "plain", "ending": "plain"} | dict(zip(FACTS, told))
                 words = [templates[ways[name]].format(**slots) for name, templates in lang.sentences.items()]
                 text = lang.gap.join(" ".join(words).split())
                 for mark in (",", ".", "'s"):
                     text = text.replace(f" {mark}", mark)
                 texts[text] += 1
-                probability[text] += p / 2**7  # three owners, one thing, three ways of telling
+                probability[text] += p / 2**5  # whose friend, which thing, three ways of telling
     return texts, probability
 
 
@@ -189,27 +189,26 @@ def test_same_seed_same_stories():
 
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_questions_have_one_right_answer(name):
-    "Put the answer back into the fact: the story holds it, and with another answer it would not."
+    "Three facts, asked both ways, no question twice, and the answers are the facts."
     lang = toy_language(name)
     for text in sample(200, seed=6, language=name):
         story = read_story(text, lang)
-        owns = {story["toy"]: story["toy_owner"], story["tool"]: story["tool_owner"]}
+        facts = [(story["hero"], story["toy"]), (story["other"], story["tool"]), (story["whose"], story["friend"])]
         asked = questions(text, name)
         assert len({question for question, _ in asked}) == len(asked)
         backward, forward = questions(text, name, "backward"), questions(text, name, "forward")
         assert sorted(forward + backward) == sorted(asked)
-        assert [answer for _, answer in backward] == [*owns.values(), story["whose"]]
-        single = [thing for thing, owner in owns.items() if list(owns.values()).count(owner) == 1]
-        assert [answer for _, answer in forward] == [*single, story["friend"]]
+        assert [answer for _, answer in backward] == [subject for subject, _ in facts]
+        assert [answer for _, answer in forward] == [object_ for _, object_ in facts]
         assert all(answer in text for _, answer in asked)
 
 
 def test_questions_read_well():
-    text = ("On a cold Monday, Ann the pig met Tom the hen near the mill. The red kite belongs to Tom. Ann owns the rope. "
-            "Ann's best friend is Bo. Together they lost the rope. In the end Ann felt calm and went home to the sty.")
+    text = ("On a cold Monday, Ann the pig met Tom the hen near the mill. The red kite belongs to Ann. "
+            "Tom proudly owns the rope. Ann's best friend is Bo. Together they lost the rope. In the end Ann felt calm and went home to the sty.")
     assert questions(text) == [
-        ("What does Tom own?", "kite"), ("Who owns the kite?", "Tom"), ("What does Ann own?", "rope"),
-        ("Who owns the rope?", "Ann"), ("Who is Ann's best friend?", "Bo"), ("Whose best friend is Bo?", "Ann")]
+        ("What does Ann own?", "kite"), ("Who owns the kite?", "Ann"), ("What does Tom own?", "rope"),
+        ("Who owns the rope?", "Tom"), ("Who is Ann's best friend?", "Bo"), ("Whose best friend is Bo?", "Ann")]
 
 
 def test_qa_samples_are_half_and_half_and_answerable():
@@ -227,8 +226,8 @@ def test_chain_rule_by_slot():
     table = entropy_table(lang)
     assert sum(table.values()) == pytest.approx(entropy("en"))
     assert table["home"] == 0
-    assert table["toy_owner"] == pytest.approx(math.log(2))
-    assert nats(lang.lists["name"]) - math.log(24 / 23) - 0.02 < table["other"] < table["hero"]
+    assert table["whose"] == pytest.approx(math.log(2))
+    assert nats(lang.lists["name"]) - math.log(16 / 15) - 0.02 < table["other"] < table["hero"]
     assert math.fsum(p for _, p in pasts(lang, ["whose", "thing"])) == pytest.approx(1)
 
 
