@@ -169,7 +169,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple, table: Tensor | None, causal: bool, cache: KVCache | None, layer: int) -> Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (B, H, L, hd)
         if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
         q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
         if cache is not None:
             k, v = cache.add(layer, k, v)

@@ -37,9 +37,9 @@ class DemoConfig:
     "How long to train each model and how much to measure. The defaults follow the budget."
 
     out: Path = Path("runs/demo")  # where the run folders, pictures and report go
-    ar_steps: int = field(default_factory=partial(by_budget, smoke=20, cpu=400, gpu=1500))  # updates of the autoregressive model
-    diffusion_steps: int = field(default_factory=partial(by_budget, smoke=20, cpu=550, gpu=6000))  # updates of the diffusion model from scratch
-    from_ar_steps: int = field(default_factory=partial(by_budget, smoke=20, cpu=550, gpu=6000))  # updates of the diffusion model that starts from the first
+    ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=350, gpu=1500))  # updates of the autoregressive model
+    diffusion_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=500, gpu=6000))  # updates of the diffusion model from scratch
+    from_ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=550, gpu=6000))  # updates of the diffusion model that starts from the first
     batch_size: int = 32  # rows per update
     learning_rate: float = 4e-3  # highest learning rate
     documents: int = field(default_factory=partial(by_budget, smoke=500, cpu=20_000, gpu=100_000))  # stories to learn from

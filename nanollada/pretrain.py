@@ -106,7 +106,7 @@ class PretrainConfig:
 
     data: str  # "toy", "poetry", "minimind", a .jsonl or .txt file, a folder of these, or a Hugging Face data set
     out: Path  # run folder to make
-    objective: str = "diffusion"  # "ar" or "diffusion"
+    objective: str = "diffusion"  # what the model learns to be: "ar" or "diffusion"
     preset: str = "mini"  # shape of the model: toy, mini, small, 30m, llada-1b, llada-8b
     tokenizer: str | None = None  # folder or hub id; none: trained on the data
     vocab_size: int = 6400  # entries of a tokenizer trained on the data, special tokens included
