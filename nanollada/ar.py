@@ -125,7 +125,7 @@ def _check_dials(
 ) -> None:
     "Raise `UserError` for settings that make no sense."
     if prompt.dim() != 2 or prompt.shape[1] == 0:
-        raise UserError(f"the prompt has shape {tuple(prompt.shape)}; expected (rows, tokens) with at least one token, such as bos")
+        raise UserError(f"the prompt has shape {tuple(prompt.shape)}; expected (rows, tokens), at least one token, such as bos")
     if new < 1:
         raise UserError(f"max_new_tokens is {new}; expected at least 1")
     if prompt.shape[1] + new > model.cfg.max_position_embeddings:

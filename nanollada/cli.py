@@ -10,10 +10,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -45,7 +44,7 @@ class Demo(DemoConfig):
 class Data:
     "Documents to one training and one validation file, deduplicated, with statistics."
 
-    source: tyro.conf.Positional[str]  # toy, poetry, minimind, a .jsonl or .txt file, a folder of these, or a Hugging Face data set
+    source: tyro.conf.Positional[str]  # toy, poetry, minimind, a .jsonl or .txt file, a folder of these, or a hub data set
     out: Path  # folder for train.jsonl, valid.jsonl and statistics.json
     field: str = "text"  # field of .jsonl lines that holds the text
     valid_fraction: float = 0.01  # share of documents kept for validation
@@ -62,7 +61,7 @@ class Data:
         changed = {name: value for name, value in options.items() if value}
         if self.source != "toy":
             changed |= {"field": self.field, "skip_bad_lines": self.skip_bad_lines}
-        statistics = split_source(self.source, self.out, self.valid_fraction, self.limit, **changed)
+        statistics = split_source(self.source, self.out, self.valid_fraction, self.limit, "", **changed)
         print(json.dumps(statistics, indent=2, ensure_ascii=False))
 
 # %% ../nbs/90_cli.ipynb #Tokenizer
@@ -80,11 +79,11 @@ class Tokenizer:
     def run(self) -> None:
         "Train, save, and show what a text becomes."
         part = Path(self.data) / "train.jsonl"
-        texts = [text for text, _ in zip(read_documents(part if part.is_file() else self.data, self.field, self.skip_bad_lines),
-                                         range(self.limit or sys.maxsize))]
+        source = part if part.is_file() else self.data
+        texts = list(islice(read_documents(source, self.field, self.skip_bad_lines), self.limit))
         tokenizer = train_tokenizer(texts, self.vocab_size)
         tokenizer.save_pretrained(self.out)
-        sample = texts[: 1000]
+        sample = texts[:1000]
         tokens = sum(len(encode(tokenizer, text)) for text in sample)
         print(f"{len(tokenizer)} entries in {self.out}; {tokens / sum(map(len, sample)):.3f} tokens per character")
 
@@ -97,9 +96,10 @@ class Pretrain(PretrainConfig):
         "Train and print where the result is."
         result = pretrain(self)
         save_loss_plot(self.out)
-        bound = "NLL" if self.objective == "ar" else "NELBO"
-        best = f"best validation {bound} {result.best['loss']:.4f} nats per token at step {result.best['step']}" if result.best else ""
-        print(f"{self.out}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {best}")
+        print(f"{self.out}: {result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
+        if result.best:
+            bound = "NLL" if self.objective == "ar" else "NELBO"
+            print(f"best validation {bound} {result.best['loss']:.4f} nats per token, at step {result.best['step']}")
 
 # %% ../nbs/90_cli.ipynb #Generate
 @dataclass
@@ -131,24 +131,26 @@ class Generate:
         self._refuse_what_does_not_apply(model.cfg.objective)
         prompt = [tokenizer.bos_token_id, *encode(tokenizer, self.prompt)]
         if len(prompt) + self.gen_length > model.cfg.max_position_embeddings:
-            raise UserError(f"a prompt of {len(prompt)} tokens and gen_length {self.gen_length} do not fit the context of "
-                            f"{model.cfg.max_position_embeddings} tokens: shorten one of them")
+            raise UserError(f"a prompt of {len(prompt)} tokens and gen_length {self.gen_length} do not fit "
+                            f"the context of {model.cfg.max_position_embeddings} tokens: shorten one of them")
         start = torch.tensor([prompt] * self.samples, device=model.lm_head.weight.device)
         generator = make_generator(self.seed, "generate")
+        eos = tokenizer.eos_token_id
         if model.cfg.objective == "ar":
-            ids = decode(model, start, self.gen_length, self.temperature, self.top_k, self.top_p, tokenizer.eos_token_id,
-                         generator=generator)
+            ids = decode(model, start, self.gen_length, self.temperature, self.top_k, self.top_p, eos, None, generator)
         else:
             ids = generate(model.denoise, start, model.cfg.mask_token_id, self.gen_length, self.steps, self.block_length,
-                           self.temperature, self.cfg_scale, self.remasking, generator=generator, eos_id=tokenizer.eos_token_id)
-        return [tokenizer.decode(ids) for ids in trim_answers(ids.cpu(), tokenizer.eos_token_id, len(prompt))]
+                           self.temperature, self.cfg_scale, self.remasking, generator=generator, eos_id=eos)
+        answers = trim_answers(ids.cpu(), eos, len(prompt))
+        return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
     def _refuse_what_does_not_apply(self, objective: str) -> None:
         others = ("steps", "block_length", "remasking", "cfg_scale") if objective == "ar" else ("top_k", "top_p")
         defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
         for name in others:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"--{name.replace('_', '-')} means nothing to the {objective} model in {self.folder}: leave it out")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} means nothing to the {objective} model in {self.folder}: leave it out")
         if self.samples < 1:
             raise UserError(f"samples is {self.samples}; expected at least 1")
 
@@ -183,14 +185,17 @@ class Eval:
         fitting = [text for text in texts if len(encode(tokenizer, text)) + 2 <= room]
         if not fitting:
             raise UserError(f"{self.data}: none of {len(texts)} documents fits {room} tokens")
-        nats, counts = score_documents(model, tokenizer, fitting, self.masks, self.canvas, not self.content_only, seed=self.seed)
+        with_end = not self.content_only
+        nats, counts = score_documents(model, tokenizer, fitting, self.masks, self.canvas, with_end, seed=self.seed)
         per_token = nats / counts
         bits = nats.sum().item() / 0.6931471805599453
         return {
-            "run": str(self.folder), "objective": info["objective"], "metric": "NLL" if info["objective"] == "ar" else "NELBO",
+            "run": str(self.folder), "objective": info["objective"],
+            "metric": "NLL" if info["objective"] == "ar" else "NELBO",
             "nats_per_token": per_token.mean().item(), "standard_error": (per_token.std() / len(fitting) ** 0.5).item(),
             "nats_per_document": nats.mean().item(),
-            "bits_per_character": bits / sum(map(len, fitting)), "bits_per_byte": bits / sum(len(t.encode()) for t in fitting),
+            "bits_per_character": bits / sum(map(len, fitting)),
+            "bits_per_byte": bits / sum(len(text.encode()) for text in fitting),
             "documents": len(fitting), "too_long": len(texts) - len(fitting), "tokens": int(counts.sum()),
             "masks": self.masks if info["objective"] == "diffusion" else None, "content_only": self.content_only,
             "seed": self.seed, "device": str(model.lm_head.weight.device), "torch": torch.__version__,
@@ -208,7 +213,7 @@ def held_out(
     if data == "toy" and not Path(data).exists():
         return toy.sample(limit, seed=1_000_003)
     part = Path(data) / "valid.jsonl"
-    return [text for text, _ in zip(read_documents(part if part.is_file() else data, field), range(limit))]
+    return list(islice(read_documents(part if part.is_file() else data, field), limit))
 
 # %% ../nbs/90_cli.ipynb #VERBS
 VERBS = {"demo": Demo, "data": Data, "tokenizer": Tokenizer, "pretrain": Pretrain, "generate": Generate, "eval": Eval}
@@ -221,9 +226,8 @@ def main(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     verbs = {name: tyro.conf.OmitArgPrefixes[verb] for name, verb in VERBS.items()}
     try:
-        chosen = tyro.extras.subcommand_cli_from_dict(verbs, prog="nanollada", args=arguments,
-                                                      description="Masked-diffusion language models and their autoregressive twins.")
-        chosen.run()
+        about = "Masked-diffusion language models and their autoregressive twins."
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="nanollada", description=about, args=arguments).run()
     except (UserError, OSError) as error:
         print(f"nanollada: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

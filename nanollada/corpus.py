@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED_CORPORA', 'TOY_DOCUMENTS', 'POETRY_PACKAGE', 'POETRY_GIT', 'MINIMIND_FILES', 'TOKENIZER_BYTES',
            'read_documents', 'cache_dir', 'fetch_poetry', 'read_poems', 'fetch_minimind', 'split_documents',
-           'source_fingerprint', 'build_stream', 'TokenStream', 'Windows', 'random_length', 'toy_tokenizer',
+           'source_fingerprint', 'TokenStream', 'build_stream', 'Windows', 'random_length', 'toy_tokenizer',
            'prepare_data', 'split_source']
 
 # %% ../nbs/03_corpus.ipynb #logger
@@ -449,31 +449,6 @@ def source_fingerprint(
     text = json.dumps([path.name if files else str(source), states, settings], sort_keys=True, default=str)
     return blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
-# %% ../nbs/03_corpus.ipynb #build_stream
-def build_stream(
-    documents: Iterable[str] | str | Path,  # documents, or anything `read_documents` takes
-    tokenizer: PreTrainedTokenizerFast,  # from `load_tokenizer` or `train_tokenizer`
-    folder: str | Path,  # gets tokens.bin, documents.bin and, when all is done, meta.json
-    num_proc: int = 1,  # processes; 1 works in this one, where the tokenizer already uses several threads
-    batch_size: int = 1000,  # documents tokenized at a time
-    source: str | None = None,  # fingerprint of the documents; a stream with the same one is reused
-) -> "TokenStream":  # the finished stream
-    "Tokenize documents into one stream on disk, in constant memory. Raises `UserError`."
-    folder = Path(folder)
-    if isinstance(documents, (str, Path)):
-        source = source or source_fingerprint(documents)
-    if source and _is_built(folder, source, tokenizer):
-        return TokenStream(folder)
-    if isinstance(documents, (str, Path)):
-        documents = read_documents(documents)
-    (folder / "meta.json").unlink(missing_ok=True)
-    batches = _encoded(documents, tokenizer, num_proc, batch_size)
-    with atomic_path(folder / "tokens.bin") as ids_path, atomic_path(folder / "documents.bin") as starts_path:
-        with open(ids_path, "wb") as ids, open(starts_path, "wb") as starts:
-            counts = _write_stream(batches, ids, starts)
-    write_json(folder / "meta.json", {**_identity(tokenizer, source), **counts})
-    return TokenStream(folder)
-
 # %% ../nbs/03_corpus.ipynb #write_stream
 def _write_stream(batches: Iterator[_Encoded], tokens: BinaryIO, starts: BinaryIO) -> dict:
     "Append encoded batches to the two open files; what was counted. Raises `UserError` if there was nothing."
@@ -595,6 +570,31 @@ def _map_file(path: Path, dtype: str, length: int) -> np.ndarray:
     if found != expected:
         raise UserError(f"{path}: found {found}, expected {expected} bytes: run `build_stream` again")
     return np.memmap(path, dtype, "r")
+
+# %% ../nbs/03_corpus.ipynb #build_stream
+def build_stream(
+    documents: Iterable[str] | str | Path,  # documents, or anything `read_documents` takes
+    tokenizer: PreTrainedTokenizerFast,  # from `load_tokenizer` or `train_tokenizer`
+    folder: str | Path,  # gets tokens.bin, documents.bin and, when all is done, meta.json
+    num_proc: int = 1,  # processes; 1 works in this one, where the tokenizer already uses several threads
+    batch_size: int = 1000,  # documents tokenized at a time
+    source: str | None = None,  # fingerprint of the documents; a stream with the same one is reused
+) -> TokenStream:  # the finished stream
+    "Tokenize documents into one stream on disk, in constant memory. Raises `UserError`."
+    folder = Path(folder)
+    if isinstance(documents, (str, Path)):
+        source = source or source_fingerprint(documents)
+    if source and _is_built(folder, source, tokenizer):
+        return TokenStream(folder)
+    if isinstance(documents, (str, Path)):
+        documents = read_documents(documents)
+    (folder / "meta.json").unlink(missing_ok=True)
+    batches = _encoded(documents, tokenizer, num_proc, batch_size)
+    with atomic_path(folder / "tokens.bin") as ids_path, atomic_path(folder / "documents.bin") as starts_path:
+        with open(ids_path, "wb") as ids, open(starts_path, "wb") as starts:
+            counts = _write_stream(batches, ids, starts)
+    write_json(folder / "meta.json", {**_identity(tokenizer, source), **counts})
+    return TokenStream(folder)
 
 # %% ../nbs/03_corpus.ipynb #Windows
 class Windows:

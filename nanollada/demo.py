@@ -37,9 +37,9 @@ class DemoConfig:
     "How long to train each model and how much to measure. The defaults follow the budget."
 
     out: Path = Path("runs/demo")  # where the run folders, pictures and report go
-    ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=350, gpu=1500))  # updates of the autoregressive model
-    diffusion_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=500, gpu=6000))  # updates of the diffusion model from scratch
-    from_ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=550, gpu=6000))  # updates of the diffusion model that starts from the first
+    ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=350, gpu=1500))  # updates of the AR model
+    diffusion_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=500, gpu=6000))  # diffusion from scratch
+    from_ar_steps: int = field(default_factory=partial(by_budget, smoke=8, cpu=550, gpu=6000))  # diffusion from the first
     batch_size: int = 32  # rows per update
     learning_rate: float = 4e-3  # highest learning rate
     documents: int = field(default_factory=partial(by_budget, smoke=500, cpu=20_000, gpu=100_000))  # stories to learn from
@@ -132,9 +132,10 @@ def report_table(
 ) -> str:  # a Markdown table and a few samples
     "The report for a person."
     floor = report["entropy"]
-    lines = ["| model | nats per story | nats per token | above the entropy | grammatical | tokens/s writing | tokens/s training |",
-             "|---|---|---|---|---|---|---|",
-             f"| the language itself (entropy) | {floor['per_document']:.2f} | {floor['per_token']:.3f} | | 100 % | | |"]
+    columns = ("model", "nats per story", "nats per token", "above the entropy", "grammatical", "tokens/s writing",
+               "tokens/s training")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
+             f"| the language (entropy) | {floor['per_document']:.2f} | {floor['per_token']:.3f} | | 100% | | |"]
     titles = {"ar": ("autoregressive, NLL", "ar_nll"), "diffusion": ("diffusion, NELBO", "diffusion_nelbo"),
               "diffusion_from_ar": ("diffusion from AR, NELBO", "diffusion_from_ar_nelbo")}
     for name, (title, key) in titles.items():

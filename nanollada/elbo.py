@@ -216,7 +216,7 @@ def exact_log_likelihood(
     logps = order_log_probs(denoiser, x0, mask_id, maskable, subs)
     return torch.stack([logp.logsumexp(0) - math.log(len(logp)) for logp in logps])
 
-# %% ../nbs/07_elbo.ipynb #group_size
+# %% ../nbs/07_elbo.ipynb #METHODS
 METHODS = ("t", "stratified", "fixed_count", "stratified_count", "complementary")
 
 

@@ -100,7 +100,7 @@ def mask_plan(
     weight = length / counts / torch.tensor(sizes, dtype=torch.float64)[replicate]
     return MaskPlan(mask, weight, replicate, groups)
 
-# %% ../nbs/12_likelihood.ipynb #check_ids
+# %% ../nbs/12_likelihood.ipynb #ids
 def _ids(name: str, value: Tensor | Sequence[int], mask_id: int, empty_ok: bool = False) -> Tensor:
     "Check one row of ids and return it as int64 (L,)."
     ids = torch.as_tensor(value)
@@ -298,7 +298,7 @@ class ChoiceScores:
         first, second = self.scores.argsort(descending=True, stable=True)[:2].tolist()
         return self.difference(first, second)
 
-# %% ../nbs/12_likelihood.ipynb #score_choices
+# %% ../nbs/12_likelihood.ipynb #units
 def _units(normalize: str, lengths: Sequence[int], n_bytes: Sequence[int] | None) -> Tensor:
     "What to divide each choice's log-likelihood by."
     if normalize not in ("none", "tokens", "bytes"):

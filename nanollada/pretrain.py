@@ -187,8 +187,9 @@ def pretrain(
         save_tokenizer(tokenizer, folder)
         save_model(model, folder)
 
-    record = {"pretrain": {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items() if name != "train"}}
-    return train(model, task, cfg.train, cfg.out, save, cfg.resume, cfg.overwrite, record)
+    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items()}
+    del record["train"]  # `train` writes that itself
+    return train(model, task, cfg.train, cfg.out, save, cfg.resume, cfg.overwrite, {"pretrain": record})
 
 # %% ../nbs/09_pretrain.ipynb #document_rows
 def document_rows(

@@ -8,9 +8,8 @@ import torch
 
 from nanollada import toy
 from nanollada.backbone import Backbone, preset
-from nanollada.chat import (MASK_BOX, Chat, as_iterator, canvas_text, growing_text, rows_taken, run_chat,
-                            show_in_terminal)
-from nanollada.chat import ChatStep
+from nanollada.chat import (MASK_BOX, Chat, ChatStep, as_iterator, canvas_text, growing_text, printable, rows_taken,
+                            run_chat, show_in_terminal)
 from nanollada.core import UserError
 from nanollada.pretrain import cross
 from nanollada.sft import AnswerConfig, ChatFormat, answer, write_ids
@@ -175,7 +174,7 @@ def test_in_a_pipe_one_line_in_is_one_line_out(models, tokenizer, objective):
     count = run_chat(models[objective], tokenizer, io.StringIO("Who?\n\n/reset\nWho?\nWhat?\n/quit\nWho?\n"), out, gen_length=6)
     lines = out.getvalue().split("\n")
     assert count == 3 and len(lines) == 5 and lines[1] == lines[4] == "" and "\x1b" not in out.getvalue()
-    assert lines[0] == lines[2] == " ".join(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0].splitlines())
+    assert lines[0] == lines[2] == " ".join(printable(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0]).splitlines())
     with pytest.raises(UserError, match="ask something shorter"):
         run_chat(models[objective], tokenizer, io.StringIO("word " * 90), io.StringIO(), gen_length=8)
 
@@ -200,6 +199,10 @@ def screen(written, columns=80):
     return "\n".join(lines)
 
 
+def test_a_model_cannot_touch_the_terminal():
+    assert printable("a\x1b[2Jb\x07\r\x9bc\n猫") == "a[2Jbc\n猫"
+
+
 def test_text_appears_in_place():
     texts = ["▒▒▒", "a\n▒▒▒", "a\nb▒c\nd", "e"]
     for grows in (True, False):
@@ -220,4 +223,4 @@ def test_a_terminal_shows_answers_errors_and_what_was_forgotten(models, tokenize
     written = out.getvalue()
     assert written.count("> ") == 7 and "ask something shorter" in written and "oldest turns no longer fit" in written
     assert ("\x1b" in written) == (objective == "diffusion")
-    assert answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0] in screen(written)
+    assert printable(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0]) in screen(written)
