@@ -129,7 +129,7 @@ class Chat:
         "The answer while it is written; the last step is `done`. Raises `UserError` for an empty or too long question."
         turns = [*self.turns, {"role": "user", "content": question}]
         check_turns(turns, training=False)
-        context, forgotten = self._context(turns)
+        context, forgotten = self.context(turns)
         generator = make_generator(self.cfg.seed, "chat", len(turns))
         answers, ids, passes = [], [], 0
 
@@ -149,7 +149,7 @@ class Chat:
             pass
         return step.text
 
-    def _context(self, turns: list[dict[str, str]]) -> tuple[list[int], int]:
+    def context(self, turns: list[dict[str, str]]) -> tuple[list[int], int]:
         "Ids of the turns that fit, and how many do not. Raises `UserError` if not even the question fits."
         room = self.model.cfg.max_position_embeddings - self.cfg.gen_length
         cut = fit_context(self.chat_format, turns, room, shorten=False)
