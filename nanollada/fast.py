@@ -482,6 +482,7 @@ VARIANTS: dict[str, dict] = {
     "threshold_prefix": dict(rule="threshold", cache="prefix"),
     "threshold_dual": dict(rule="threshold", cache="dual"),
     "threshold_dual_near": dict(rule="threshold", cache="dual", refresh="near"),
+    "settled_dual_near": dict(rule="threshold", cache="dual", refresh="near", patience=2),
     "factor_dual_near": dict(rule="factor", cache="dual", refresh="near"),
     "entropy_bounded_dual_near": dict(rule="entropy_bounded", cache="dual", refresh="near"),
     "hierarchical_dual_near": dict(rule="hierarchical", cache="dual", refresh="near"),
