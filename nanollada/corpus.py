@@ -667,7 +667,7 @@ def random_length(
 # %% ../nbs/03_corpus.ipynb #toy_tokenizer
 def toy_tokenizer(
     vocab_size: int = 2048,  # at most; about 1,420 are used
-) -> PreTrainedTokenizerFast:  # a tokenizer with one token for each word of the toy language
+) -> PreTrainedTokenizerFast:  # one token for each word, but for rare pairs of Chinese words
     "Learn from the toy language word by word, so that no entry spans two words of Chinese, which has no spaces."
     stories = sample(3000, seed=0)
     pieces = ([story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories)
