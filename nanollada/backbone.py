@@ -331,7 +331,8 @@ class Denoiser:
 
 # %% ../nbs/04_backbone.ipynb #PRESETS
 PRESETS: dict[str, dict] = {
-    "toy": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=352, rope_theta=100.0, qk_norm=True),
+    "toy": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=352, rope_theta=100.0,
+                qk_norm=True),
     "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=704, qk_norm=True),
     "small": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024, qk_norm=True),
     "30m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, qk_norm=True),
