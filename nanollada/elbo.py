@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ar import token_nll
 from .core import UserError
 from .masking import Noised, Schedule, check_maskable, complementary, fixed_count_batch
 from .masking import get_schedule, logits_at, noise_batch, subs_logits
@@ -32,15 +33,19 @@ def masked_ce(
     attention_mask: Tensor | None = None,  # (B, L), 1 = real token; only for padded batches
     subs: bool = False,  # never predict MASK
     mask_id: int | None = None,  # id of the mask token; needed by `subs`
+    places: Tensor | None = None,  # where `noised.mask` is True in the flattened batch (N,), if the caller knows
 ) -> Tensor:  # cross-entropy of each masked token in nats, 0 elsewhere (B, L)
     "Cross-entropy where something is hidden, float32 or better. Raises `UserError` for `subs` alone."
     if subs and mask_id is None:
         raise UserError("subs=True needs mask_id; say which token must never be predicted")
-    logits = logits_at(denoiser, noised.xt, noised.mask, attention_mask)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    where = noised.mask if places is None else places
+    logits = logits_at(denoiser, noised.xt, where, attention_mask)
     logits = subs_logits(logits, mask_id) if subs else logits
-    ce = F.cross_entropy(logits, x0[noised.mask], reduction="none")
-    return ce.new_zeros(x0.shape).masked_scatter(noised.mask, ce)
+    if places is None:
+        ce = token_nll(logits, x0[where])
+        return ce.new_zeros(x0.shape).masked_scatter(where, ce)
+    ce = token_nll(logits, x0.flatten()[places])
+    return ce.new_zeros(x0.numel()).index_copy(0, places, ce).view(x0.shape)
 
 # %% ../nbs/07_elbo.ipynb #elbo_terms
 def elbo_terms(

@@ -23,19 +23,21 @@ from torch import Tensor
 from .ar import decode
 from .backbone import Backbone, BackboneConfig, KVCache, load_run, preset
 from .core import UserError, make_generator, pick_device
-from .sampler import (SampleRules, StepInfo, choose_tokens, close_at_eos, confidence, most_confident,
-                               num_transfer_tokens, predict, prompt_canvas)
+from .sampler import (CONFIDENCE_RULES, SampleRules, StepInfo, choose_tokens, close_at_eos, confidence,
+                               most_confident, num_transfer_tokens, predict, prompt_canvas)
 
 # %% ../nbs/13_fast.ipynb #BlockCache
 class BlockCache(KVCache):
-    "Keys and values of a whole canvas. A pass over a stretch of it overwrites that stretch and sees everything."
+    "Keys and values of a whole canvas. A pass over a stretch of it overwrites that stretch and sees all before `seen`."
+
+    seen: int | None = None  # the canvas ends here for now; none: at its end
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        "Write (b, H, n, head_dim) from position `self.length` on; all of the first b rows, (b, H, T, head_dim)."
+        "Write (b, H, n, head_dim) from position `self.length` on; what the first b rows see, (b, H, seen, head_dim)."
         b, end = len(keys), self.length + keys.shape[2]
         self.store[layer, 0, :b, :, self.length : end] = keys
         self.store[layer, 1, :b, :, self.length : end] = values
-        return self.store[layer, 0, :b], self.store[layer, 1, :b]
+        return self.store[layer, 0, :b, :, : self.seen], self.store[layer, 1, :b, :, : self.seen]
 
 # %% ../nbs/13_fast.ipynb #COMMIT_RULES
 COMMIT_RULES = ("quota", "threshold", "factor", "entropy_bounded", "hierarchical")
@@ -55,6 +57,7 @@ class FastRules:
     cache: str = "dual"  # keys and values kept: none, prefix (before the block), dual (before and after it)
     refresh_every: int | None = None  # passes of a block between refreshes of the cache; none: at its start only
     refresh: str = "full"  # at the start of a block compute everything, or from the block before on: near
+    ahead: int | None = None  # masks after the block that exist for it, the canvas growing with the text; none: all
     temperature: float = 0.0  # 0 takes the likeliest token
     eos_id: int | None = None  # a row ends once all up to this token is written; it fills the rest
     patience: int | None = None  # commit a block whose proposals stayed for so many passes; none: never
@@ -69,7 +72,9 @@ def _rule_checks(rules: FastRules) -> list[tuple[str, bool, str]]:
     "What each field must satisfy: its name, whether it does, what was expected."
     optional = [name for name in ("steps", "refresh_every", "patience") if getattr(rules, name) is not None]
     whole = {name: getattr(rules, name) for name in ("block_length", *optional)}
+    ahead = 0 if rules.ahead is None else rules.ahead
     return [
+        ("ahead", ahead >= 0 and ahead == int(ahead), "a whole number, at least 0"),
         *((name, n >= 1 and n == int(n), "a whole number, at least 1") for name, n in whole.items()),
         ("rule", rules.rule in COMMIT_RULES, f"one of {', '.join(COMMIT_RULES)}"),
         ("cache", rules.cache in ("none", "prefix", "dual"), "none, prefix or dual"),
@@ -86,7 +91,7 @@ def stretch_of(
     rules: FastRules,  # cache and refresh
     lo: int,  # where the block begins
     hi: int,  # where it ends
-    total: int,  # length of the canvas T
+    total: int,  # where the canvas ends, for this block
     number: int,  # passes done in this block
     is_first: bool,  # whether this is the first block: nothing has been computed yet
 ) -> tuple[int, int]:  # first position to compute, and the one after the last
@@ -95,7 +100,9 @@ def stretch_of(
     due = number % rules.refresh_every == 0 if rules.refresh_every else number == 0
     if rules.cache == "none" or (due and (rules.refresh == "full" or number > 0 or is_first)):
         return 0, total
-    return (max(0, lo - rules.block_length), end) if due else (lo, end)
+    if due:  # masks that have only now come to exist have no keys and values yet
+        return max(0, lo - rules.block_length), end if rules.ahead is None else total
+    return lo, end
 
 # %% ../nbs/13_fast.ipynb #surest
 def _surest(
@@ -222,7 +229,8 @@ def _block_logits(canvas: _Canvas, rows: int, lo: int, hi: int, start: int, end:
     start = max(0, start - shift)  # the vector before the block answers for its first position
     if canvas.cache is not None:
         canvas.cache.length = start
-    table = None if canvas.table is None else canvas.table[:rows]
+    seen = end if canvas.cache is None else canvas.cache.seen
+    table = None if canvas.table is None else canvas.table[:rows, ..., :seen]
     ids, positions = canvas.ids[:rows, start:end], canvas.positions[:rows, start:end]
     hidden = canvas.model.model(ids, positions, table, False, canvas.cache)  # (rows, end - start, D)
     canvas.nfe, canvas.computed = canvas.nfe + 1, canvas.computed + rows * (end - start)
@@ -264,7 +272,11 @@ def _one_pass(
     canvas: _Canvas, b: int, lo: int, hi: int, number: int, quota: int, is_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "One forward pass of the first b rows, and what it commits; logits, proposals, what was open, commits."
-    start, end = stretch_of(canvas.rules, lo, hi, canvas.ids.shape[1], number, is_first)
+    ahead, total = canvas.rules.ahead, canvas.ids.shape[1]
+    seen = total if ahead is None else min(total, hi + ahead)
+    if canvas.cache is not None:
+        canvas.cache.seen = seen
+    start, end = stretch_of(canvas.rules, lo, hi, seen, number, is_first)
     logits = _block_logits(canvas, b, lo, hi, start, end)
     tokens, is_open = _draw(canvas, logits), canvas.todo[:b, lo:hi].clone()
     commit = choose_commits(logits, tokens, is_open, canvas.rules, quota)
@@ -428,14 +440,16 @@ def few_passes(
     temperature: float = 0.0,  # 0 takes the likeliest token
     attention_mask: Tensor | None = None,  # (B, P), 0 at left padding
     generator: torch.Generator | None = None,  # random stream, for a temperature above 0
+    remasking: str = "low_confidence",  # kept first: low_confidence, margin, entropy, random; schedule entropy: entropy
 ) -> Tensor:  # ids (B, P + gen_length)
     "Write a whole answer in exactly so many forward passes. Raises `UserError` for bad input."
     if not 0 <= corrector <= 1:
         raise UserError(f"corrector is {corrector}; expected a share from 0 to 1")
+    if remasking not in (*CONFIDENCE_RULES, "random"):
+        raise UserError(f"remasking is {remasking!r}; expected one of {', '.join(CONFIDENCE_RULES)}, random")
     quotas = pass_quotas(gen_length, passes, "uniform" if schedule == "entropy" else schedule)
     ids, todo, attend = prompt_canvas(prompt, mask_id, gen_length, attention_mask)
-    kind = "entropy" if schedule == "entropy" else "low_confidence"
-    rules = SampleRules(temperature=temperature, remasking=kind)
+    rules = SampleRules(temperature=temperature, remasking="entropy" if schedule == "entropy" else remasking)
     trust, done = torch.full(ids.shape, math.inf, device=ids.device), 0
     for k, quota in enumerate(quotas, 1):
         proposal = predict(denoiser, ids, todo, mask_id, rules, attend, generator)
@@ -482,10 +496,11 @@ VARIANTS: dict[str, dict] = {
     "threshold_prefix": dict(rule="threshold", cache="prefix"),
     "threshold_dual": dict(rule="threshold", cache="dual"),
     "threshold_dual_near": dict(rule="threshold", cache="dual", refresh="near"),
-    "settled_dual_near": dict(rule="threshold", cache="dual", refresh="near", patience=2),
-    "factor_dual_near": dict(rule="factor", cache="dual", refresh="near"),
-    "entropy_bounded_dual_near": dict(rule="entropy_bounded", cache="dual", refresh="near"),
-    "hierarchical_dual_near": dict(rule="hierarchical", cache="dual", refresh="near"),
+    "threshold_ahead": dict(rule="threshold", cache="dual", refresh="near", ahead=32),
+    "settled_ahead": dict(rule="threshold", cache="dual", refresh="near", ahead=32, patience=2),
+    "factor_ahead": dict(rule="factor", cache="dual", refresh="near", ahead=32),
+    "entropy_bounded_ahead": dict(rule="entropy_bounded", cache="dual", refresh="near", ahead=32),
+    "hierarchical_ahead": dict(rule="hierarchical", cache="dual", refresh="near", ahead=32),
 }
 
 

@@ -204,19 +204,20 @@ def complementary(
 def logits_at(
     denoiser: Callable[..., Tensor],  # ids (B, L) -> logits (B, L, V), perhaps with a method `at`
     ids: Tensor,  # ids (B, L), noisy or not
-    where: Tensor,  # bool (B, L): the N positions wanted
+    where: Tensor,  # the N positions wanted: bool (B, L), or int64 (N,), their places in the flattened ids
     attention_mask: Tensor | None = None,  # (B, L), 1 = real token; passed on only when given
 ) -> Tensor:  # logits (N, V), in reading order
-    "Logits where `where` is True, by `denoiser.at` if there is one. Raises `UserError` on wrong shapes."
-    if where.shape != ids.shape or where.dtype != torch.bool:
-        raise UserError(f"where is {where.dtype} {tuple(where.shape)}; expected bool {tuple(ids.shape)}")
+    "Logits at the positions `where`, by `denoiser.at` if there is one. Raises `UserError` on wrong shapes."
+    as_places = where.dtype == torch.int64 and where.dim() == 1
+    if not as_places and (where.shape != ids.shape or where.dtype != torch.bool):
+        raise UserError(f"where is {where.dtype} {tuple(where.shape)}; expected bool {tuple(ids.shape)}, or int64 places")
     padding = {} if attention_mask is None else {"attention_mask": attention_mask}
     if hasattr(denoiser, "at"):
         return denoiser.at(ids, where, **padding)
     logits = denoiser(ids, **padding)
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise UserError(f"logits are {tuple(logits.shape)} for ids {tuple(ids.shape)}; expected (B, L, V)")
-    return logits[where]
+    return logits.flatten(0, 1)[where] if as_places else logits[where]
 
 # %% ../nbs/06_masking.ipynb #subs_logits
 def subs_logits(

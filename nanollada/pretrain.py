@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from .ar import ar_terms
+from .ar import ar_terms, scored_places
 from .backbone import Backbone, BackboneConfig, Denoiser, load_run, preset, save_model, save_tokenizer
 from .core import UserError, make_generator
 from .corpus import Windows, prepare_data, random_length
@@ -57,13 +57,18 @@ class TextTask:
         "Tokens of text that are predicted."
         return batch["real"][:, 1:].sum()
 
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "Add the places that are scored: how many there are is known on the CPU, and a GPU would have to wait for it."
+        is_ar = self.cfg.objective == "ar"
+        return batch | {"places": scored_places(batch["real"]) if is_ar else batch["mask"].flatten().nonzero()[:, 0]}
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         "Sum of nats; for diffusion also the cross-entropy at five noise levels."
         documents = batch["document_ids"] if self.document_mask else None
         if self.cfg.objective == "ar":
-            return ar_terms(model, batch["ids"], batch["real"], documents).sum(), {}
+            return ar_terms(model, batch["ids"], batch["real"], documents, batch.get("places")).sum(), {}
         noised = Noised(batch["xt"], batch["mask"], batch["t"], batch["weight"])
-        ce = masked_ce(Denoiser(model, self.cfg.shift, documents), batch["ids"], noised)
+        ce = masked_ce(Denoiser(model, self.cfg.shift, documents), batch["ids"], noised, places=batch.get("places"))
         sums, counts = ce_by_noise(ce, noised, n_bins=5)
         logs = {f"ce_{20 * i}_{20 * (i + 1)}": (sums[i], counts[i]) for i in range(5)}
         return (noised.weight * ce).sum(), logs
@@ -187,8 +192,8 @@ def pretrain(
         save_tokenizer(tokenizer, folder)
         save_model(model, folder)
 
-    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items()}
-    del record["train"]  # `train` writes that itself
+    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items()
+              if name not in ("train", "resume", "overwrite", "cache", "processes")}  # `train` writes its own settings
     return train(model, task, cfg.train, cfg.out, save, cfg.resume, cfg.overwrite, {"pretrain": record})
 
 # %% ../nbs/09_pretrain.ipynb #document_rows
@@ -207,7 +212,7 @@ def document_rows(
     real = torch.arange(L) < torch.tensor([len(row) for row in rows])[:, None]
     return ids, real
 
-
+# %% ../nbs/09_pretrain.ipynb #score_documents
 @torch.no_grad()
 def score_documents(
     model: Backbone,  # of either objective
@@ -219,7 +224,9 @@ def score_documents(
     batch_size: int = 64,  # rows per forward pass
     seed: int = 0,  # of the masks
 ) -> tuple[Tensor, Tensor]:  # nats per document (n,): exact for ar, an upper bound for diffusion; tokens scored (n,)
-    "How surprised a model is by each document."
+    "How surprised a model is by each document. Raises `UserError` for less than one mask."
+    if n_samples < 1:
+        raise UserError(f"masks is {n_samples}; expected at least 1")
     order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # equal lengths together: little padding
     nats, counts = torch.zeros(len(texts), dtype=torch.float64), torch.zeros(len(texts))
     per_pass = max(1, batch_size if model.cfg.objective == "ar" else batch_size // n_samples)

@@ -55,6 +55,7 @@ class TrainConfig:
     clip: float | None = 1.0  # largest norm of the whole gradient; None: no clipping
     precision: str = "auto"  # bf16, no (float32), or auto: bf16 where the device has it
     compile: str | bool = "auto"  # torch.compile the trunk of the model; auto: on a GPU only
+    recompute: bool = False  # save memory on long rows: keep each layer's input only; same result, more time
     eval_every: int = 200  # updates between validations
     eval_batches: int | None = None  # validation batches to use; None: all
     patience: int | None = None  # stop after this many validations without progress; None: never
@@ -93,6 +94,7 @@ def _config_rules(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("betas", len(c.betas) == 2 and all(0 <= b < 1 for b in c.betas), "two numbers from 0 to below 1"),
         ("precision", c.precision in ("auto", "bf16", "no"), "auto, bf16 or no"),
         ("compile", c.compile in ("auto", True, False), "auto, True or False"),
+        ("recompute", c.recompute in (True, False), "True or False"),
         ("min_delta", c.min_delta >= 0, "0 or more"),
         ("seed", isinstance(c.seed, int) and 0 <= c.seed < 2**32, "an integer from 0 to 4294967295"),
     ]
@@ -240,8 +242,10 @@ def split_batch(
 def to_device(
     batch: dict[str, Tensor],  # CPU tensors
     device: torch.device,  # where they are needed
+    task: Task | None = None,  # may have a method `finish(batch)`, which gets the rows before they leave the CPU
 ) -> dict[str, Tensor]:  # the same, there
     "Copy a batch to the device, without waiting for it on a GPU."
+    batch = task.finish(batch) if hasattr(task, "finish") else batch
     if device.type != "cuda":
         return {k: v.to(device) for k, v in batch.items()}
     return {k: v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
@@ -291,7 +295,7 @@ class Meter:
         weights = dict(zip([n for n in names if n in self.weights], values[len(names):]))
         return {n: v / max(weights.get(n, self.count), 1e-12) for n, v in zip(names, values)}
 
-# %% ../nbs/08_trainer.ipynb #peak_flops
+# %% ../nbs/08_trainer.ipynb #PEAKS
 _PEAKS = {"H200": 990e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 990e12, "B200": 2250e12,
           "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16 FLOP/s, data sheets
 
@@ -390,8 +394,8 @@ def _load_part(path: Path, load: Callable[[Path], None]) -> None:
         raise UserError(f"{path}: damaged, or made for another model ({' '.join(reason)}). "
                         "Check the model, or delete this checkpoint and start anew") from error
 
-# %% ../nbs/08_trainer.ipynb #fingerprint
-_FREE = {"micro_batch_size", "precision", "compile", "log_every", "save_every", "progress", "device",
+# %% ../nbs/08_trainer.ipynb #FREE
+_FREE = {"micro_batch_size", "precision", "compile", "recompute", "log_every", "save_every", "progress", "device",
          "peak_flops"}  # settings that may change when a run is resumed
 
 
@@ -515,7 +519,7 @@ class _Run:
     best: dict | None = None
     bad_evals: int = 0
     seconds: float = 0.0  # since the beginning, all legs
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     @property
     def writes(self) -> bool:
@@ -552,6 +556,7 @@ def _open_folder(run: _Run, resume: bool, overwrite: bool, info: dict | None) ->
                         "or choose another folder")
     run.accelerator.wait_for_everyone()  # nobody clears what another still looks for
     if resume and found:
+        _check_info(run.out, info)
         _restore(run, found)
     elif run.writes:
         shutil.rmtree(state, ignore_errors=True)
@@ -560,6 +565,14 @@ def _open_folder(run: _Run, resume: bool, overwrite: bool, info: dict | None) ->
         state.mkdir(parents=True, exist_ok=True)
         facts = {"processes": run.accelerator.num_processes, "torch": torch.__version__, **(info or {})}
         write_json(run.out / "train_config.json", {**asdict(run.cfg), **facts})
+
+
+def _check_info(out: Path, info: dict | None) -> None:
+    "A resumed run has the data and the beginning that the record names; `UserError` if not."
+    saved, now = read_json(out / "train_config.json"), json.loads(json.dumps(info or {}))
+    for block in now:
+        known = [name for name in now[block] if name in saved.get(block, {})]
+        check_fingerprint({n: saved[block][n] for n in known}, {n: now[block][n] for n in known}, out)
 
 
 def _restore(run: _Run, checkpoint: Path) -> None:
@@ -585,7 +598,7 @@ def _train_step(run: _Run) -> None:
     pieces = split_batch(batch, run.micro, rank, world)
     for number, piece in enumerate(pieces, 1):
         with run.accelerator.no_sync(run.wrapped) if number < len(pieces) else nullcontext():
-            loss, logs = run.wrapped(to_device(piece, run.accelerator.device))
+            loss, logs = run.wrapped(to_device(piece, run.accelerator.device, run.task))
             run.accelerator.backward(loss * (world / count))  # DDP averages over processes; we want the sum
         run.meter.add(loss, logs)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.clip or math.inf)
@@ -661,7 +674,7 @@ def _validate(run: _Run) -> None:
     for number, batch in enumerate(islice(run.task.valid_batches(run.micro), run.cfg.eval_batches)):
         meter.count += float(run.task.count(batch))  # every process counts all, and computes its share
         if number % world == rank:
-            meter.add(*run.plain(to_device(batch, run.accelerator.device)))
+            meter.add(*run.plain(to_device(batch, run.accelerator.device, run.task)))
     run.model.train()
     meter.sums.setdefault("loss", torch.zeros((), device=run.accelerator.device))
     means = meter.means(run.accelerator)
@@ -735,6 +748,10 @@ def _session(run: _Run) -> Iterator[StopSignal]:
     trunk = getattr(run.model, "model", run.model)
     on_gpu = run.accelerator.device.type == "cuda"
     compiling = run.cfg.compile is True or (run.cfg.compile == "auto" and on_gpu)
+    if run.cfg.recompute and not hasattr(trunk, "recompute"):
+        raise UserError(f"recompute is on, which a {type(trunk).__name__} does not know: switch it off")
+    if run.cfg.recompute:
+        trunk.recompute = True
     if compiling:
         trunk.compile()  # in place: the names in the state dict stay
     run.model.train()
@@ -746,10 +763,12 @@ def _session(run: _Run) -> Iterator[StopSignal]:
             yield stop
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory at step {run.step} with {run.micro} rows per forward pass: "
-                        f"lower micro_batch_size (the result stays the same) or shorten the rows") from error
+                        "lower micro_batch_size or set recompute (the result stays the same), or shorten the rows") from error
     finally:
         if compiling:
             trunk._compiled_call_impl = None
+        if run.cfg.recompute:
+            trunk.recompute = False
         run.model.eval()
 
 # %% ../nbs/08_trainer.ipynb #train
@@ -761,7 +780,7 @@ def train(
     save_model: Callable[[nn.Module, Path], None] | None = None,  # writes the model into the run folder
     resume: bool = False,  # go on from the newest checkpoint in `out`
     overwrite: bool = False,  # allow a new run in a folder that holds one
-    info: dict | None = None,  # more entries for train_config.json
+    info: dict[str, dict] | None = None,  # more for train_config.json: blocks of what a resumed run must have again
 ) -> TrainResult:  # history, best validation, time
     """Minimise the task's loss, and return how it went.
 

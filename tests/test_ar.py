@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from nanollada.ar import ar_loss, ar_terms, decode, draw_token, filter_logits
+from nanollada.ar import ar_loss, ar_terms, decode, draw_token, filter_logits, scored_places, token_nll
 from nanollada.backbone import Backbone, BackboneConfig, save_model
 from nanollada.core import UserError
 
@@ -120,3 +121,39 @@ def test_bad_settings(model, wrong, message):
 def test_empty_prompt(model):
     with pytest.raises(UserError, match="at least one token"):
         decode(model, torch.zeros(1, 0, dtype=torch.long), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_token_nll_is_the_cross_entropy_with_its_gradient(dtype, rows):
+    g = torch.Generator().manual_seed(rows)
+    logits = (5 * torch.randn(rows, 6400, generator=g)).to(dtype).requires_grad_()  # 200 rows are three pieces
+    targets, weights = torch.randint(0, 6400, (rows,), generator=g), torch.rand(rows, generator=g)
+    before = logits.detach().clone()
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    ours = token_nll(logits, targets)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    (mine,), (theirs,) = (torch.autograd.grad((weights * nll).sum(), logits) for nll in (ours, exact))
+    assert mine.dtype == dtype and torch.equal(logits, before)
+    unit = torch.finfo(dtype).eps  # one rounding, of numbers below 1
+    torch.testing.assert_close(mine.double(), theirs.double(), rtol=unit, atol=1e-6)
+
+
+def test_token_nll_of_forbidden_tokens_and_of_nothing():
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]], requires_grad=True)
+    loss = token_nll(logits, torch.tensor([0]))
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(loss.sum(), logits)[0].tolist()[0] == pytest.approx([-0.5, 0.0, 0.5])
+    assert token_nll(logits, torch.tensor([1])).item() == math.inf
+    empty = torch.zeros(0, 3, requires_grad=True)
+    loss = token_nll(empty, torch.zeros(0, dtype=torch.long))
+    assert loss.shape == (0,) and torch.autograd.grad(loss.sum(), empty)[0].shape == (0, 3)
+
+
+def test_places_known_beforehand_change_nothing(model):
+    scored = torch.rand(4, 20, generator=torch.Generator().manual_seed(1)) < 0.5
+    scored[:, 0] = True  # never counts
+    places = scored_places(scored)
+    assert places.tolist() == [20 * b + i for b in range(4) for i in range(1, 20) if scored[b, i]]
+    assert torch.equal(ar_terms(model, ids(), scored, places=places), ar_terms(model, ids(), scored))

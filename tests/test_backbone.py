@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nanollada.backbone import (
     PRESETS, Backbone, BackboneConfig, KVCache, attention_table, count_parameters, from_huggingface, load_run, preset,
-    rope_frequencies, save_model, save_tokenizer, to_huggingface,
+    rope_frequencies, save_model, save_tokenizer, to_huggingface, attend
 )
 from nanollada.core import UserError, read_json, write_json
 from nanollada.tokenizer import train_tokenizer
@@ -273,3 +274,56 @@ def test_loading_never_unpickles(run, tmp_path):
 def test_configs_differ_in_one_field_only_where_told():
     cfg = preset("toy", 300)
     assert replace(cfg, shift=True) != cfg and replace(cfg) == cfg
+
+
+@pytest.mark.parametrize("case", ["everywhere", "causal", "table", "grouped", "one query"])
+def test_products_equal_the_kernel(case):
+    g = torch.Generator().manual_seed(0)
+    heads, queries = (2 if case == "grouped" else 4), (1 if case == "one query" else 48)
+    q, k, v = (torch.randn(2, h, n, 16, generator=g).bfloat16().requires_grad_()
+               for h, n in ((4, queries), (heads, 48), (heads, 48)))
+    table = torch.rand(2, 1, 48, 48, generator=g) < 0.5 if case == "table" else None
+    table = None if table is None else table | torch.eye(48, dtype=torch.bool)
+    grouped, causal = case == "grouped", case == "causal"
+    answers = (attend(q, k, v, table, causal),
+               F.scaled_dot_product_attention(*(x.float() for x in (q, k, v)), table, is_causal=causal, enable_gqa=grouped))
+    gradients = [torch.autograd.grad(answer.float().square().sum(), (q, k, v)) for answer in answers]
+    # scores below 8 rounded to 8 bits: 2**-6, which moves a probability by as large a share, and the sums with it
+    for ours, exact in zip((answers[0], *gradients[0]), (answers[1], *gradients[1])):
+        assert (ours.float() - exact.float()).norm() < 2**-5 * exact.float().norm()
+    assert answers[0].dtype == torch.bfloat16
+
+
+def test_long_rows_and_float32_take_the_kernel(monkeypatch):
+    called = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: called.append(1) or real(*args, **more))
+    for length, dtype, expected in ((1024, torch.bfloat16, 0), (1025, torch.bfloat16, 1), (8, torch.float32, 2)):
+        x = torch.randn(1, 1, length, 4, dtype=dtype)
+        attend(x, x, x, None, False)
+        assert len(called) == expected
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_recomputing_gives_the_same_gradients_bit_for_bit_and_keeps_less(causal):
+    model, x = build().train(), ids(4, 40)
+    found = {}
+    for again in (False, True):
+        model.model.recompute, kept = again, []
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(x, causal).square().mean()
+        loss.backward()
+        found[again] = ([weight.grad.clone() for weight in model.parameters()], sum(kept))
+    assert all(torch.equal(a, b) for a, b in zip(found[False][0], found[True][0]))
+    assert found[True][1] < found[False][1] / 3
+    model.eval()
+    torch.testing.assert_close(model(x, causal).square().mean(), loss)  # outside training it has no effect
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_places_choose_the_same_logits_as_a_mask(shift):
+    model = build(shift=shift)
+    where = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.3
+    places = where.flatten().nonzero()[:, 0]
+    assert torch.equal(model.denoise.at(ids(), where), model.denoise.at(ids(), places))

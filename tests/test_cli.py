@@ -1,4 +1,5 @@
 "The command line as a stranger meets it: verbs run, help explains, and mistakes end in one line."
+import io
 import json
 import os
 import re
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanollada import toy
-from nanollada.cli import VERBS, main
+from nanollada.cli import VERBS, BenchSample, BenchTrain, main
+from nanollada.sft import toy_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +74,95 @@ def test_eval_reports_with_settings(runs, capsys, name, metric):
     assert report["bits_per_byte"] < report["bits_per_character"] and report["standard_error"] > 0
 
 
+@pytest.fixture(scope="module")
+def tuned(runs):
+    "Both runs, fine-tuned for a moment."
+    for name in ("ar", "diffusion"):
+        assert call("sft", "--data", "toy", "--limit", 60, "--valid-conversations", 6, "--length", 160, "--init-from", runs / name,
+                    "--out", runs / f"{name}_chat", *SFT) == 0
+    return runs
+
+
+SFT = ["--steps", 2, "--batch-size", 4, "--warmup-steps", 1, "--log-every", 1, "--eval-every", 2, "--save-every", 2, "--no-progress",
+       "--precision", "no", "--device", "cpu"]
+
+
+def test_sft_says_what_it_used_and_what_it_dropped(runs, capsys):
+    talks = [{"prompt": "Who?", "response": "Lucy"}] * 8 + [{"prompt": "Who?"}, {"prompt": "Who?", "response": "word " * 300}]
+    (runs / "talks.jsonl").write_text("\n".join(json.dumps(talk) for talk in talks))
+    assert call("sft", "--data", runs / "talks.jsonl", "--skip-bad", "--length", 64, "--valid-fraction", 0, "--init-from", runs / "diffusion",
+                "--out", runs / "tuned", *SFT) == 0
+    said = capsys.readouterr().out
+    statistics = json.loads(said[: said.index("\n}\n") + 2])
+    assert statistics["train"]["pairs"] == 8 and statistics["train"]["answers_too_long"] == 1
+    assert sum(statistics["skipped"].values()) == 1 and "2 steps" in said and (runs / "tuned" / "loss.png").is_file()
+
+
+def test_chat_through_a_pipe(tuned, capsys, monkeypatch):
+    for name, notes in (("ar_chat", ""), ("ar", "was not fine-tuned on conversations")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhat?\n/reset\nWho?\n/quit\nWhy?\n"))
+        assert call("chat", tuned / name, "--gen-length", 6, "--device", "cpu", "--system", "Be brief.") == 0
+        said = capsys.readouterr()
+        lines = said.out.split("\n")
+        assert len(lines) == 4 and lines[0] == lines[2] and notes in said.err and bool(said.err) == bool(notes)
+
+
+@pytest.mark.parametrize("names, kind", [(("ar", "diffusion"), "beginnings of documents"), (("ar_chat", "diffusion_chat"), "questions")])
+def test_compare_prints_and_writes(tuned, capsys, names, kind):
+    (tuned / "prompts.txt").write_text("Who?\n\nOnce\n")
+    out = tuned / f"out_{names[0]}"
+    assert call("compare", tuned / names[0], tuned / names[1], "--prompt", "On a", "--prompt", "Lucy", "--prompts", tuned / "prompts.txt",
+                "--gen-length", 6, "--steps", 3, "--top-k", 5, "--repeats", 1, "--device", "cpu", "--out", out) == 0
+    said, report = capsys.readouterr().out, json.loads((out / "compare.json").read_text())
+    assert [record["prompt"] for record in report["answers"]] == ["On a", "Lucy", "Who?", "Once"]
+    assert report["about"]["prompts_are"] == kind and report["about"]["settings"]["diffusion"]["steps"] == 3
+    assert said.startswith((out / "compare.md").read_text()) and str(out / "compare.png") in said
+
+
+def test_eval_of_questions(tuned, capsys):
+    for source in ("toy", tuned / "questions.jsonl"):
+        (tuned / "questions.jsonl").write_text('{"prompt": "Who?", "response": "Lucy"}\n' * 3)
+        assert call("eval", tuned / "diffusion_chat", "--questions", source, "--limit", 3, "--gen-length", 4, "--seed", 5, "--device", "cpu") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["questions"]["questions"] == 3 and report["seed"] == 5 and "metric" not in report
+        assert report["questions"]["settings"]["gen_length"] == 4 and report["device"] == "cpu"
+
+
+def test_eval_of_samples_beside_documents(runs, capsys):
+    assert call("eval", runs / "diffusion", "--data", runs / "split", "--limit", 3, "--masks", 2, "--samples", 3, "--temperature", 1,
+                "--gen-length", 8, "--judge", runs / "ar", "--grammar", "--device", "cpu") == 0
+    report = json.loads(capsys.readouterr().out)
+    samples = report["samples"]
+    assert report["metric"] == "NELBO" and samples["samples"] == 3 and samples["judge"] == str(runs / "ar")
+    assert samples["grammatical_share"] == 0.0 and {"distinct_1", "distinct_2", "self_bleu", "repetition_4", "judged_nats_per_token"} <= set(samples)
+    assert call("eval", runs / "ar", "--data", "toy", "--limit", 2, "--samples", 2, "--temperature", 1, "--gen-length", 4, "--device", "cpu") == 0
+    assert "grammatical_share" in json.loads(capsys.readouterr().out)["samples"]
+    assert call("eval", runs / "ar", "--samples", 2, "--temperature", 1, "--gen-length", 4, "--device", "cpu") == 0
+    assert "grammatical_share" not in json.loads(capsys.readouterr().out)["samples"]
+
+
+def test_bench_sample(runs, capsys):
+    assert call("bench", "sample", "--run", runs / "diffusion", "--ar-run", runs / "ar", "--gen-length", 8, "--block-length", 4, "--batch-sizes", 1,
+                "--repeats", 1, "--variants", "threshold_dual", "--quality-rows", 2, "--quality-length", 4, "--device", "cpu", "--json", runs / "b.json") == 0
+    about, *records = json.loads((runs / "b.json").read_text())
+    assert {record["variant"] for record in records} == {"plain_loop", "ar_kv_cache", "threshold_dual"} and about["device"] == "cpu"
+    assert "threshold_dual" in capsys.readouterr().out
+
+
+def test_bench_train(runs, capsys):
+    from nanollada.bench import STEPS
+    variant = list(STEPS)[0]
+    assert call("bench", "train", "--preset", "toy", "--vocab-size", 64, "--length", 16, "--batch-size", 2, "--objectives", "ar", "--variants", variant,
+                "--repeats", 1, "--device", "cpu", "--json", runs / "t.json") == 0
+    about, *records = json.loads((runs / "t.json").read_text())
+    assert variant in {record["variant"] for record in records} and about["device"] == "cpu" and variant in capsys.readouterr().out
+
+
+def test_the_module_is_a_command_for_launchers(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "nanollada.cli", "generate", "none"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("nanollada: none: no such run folder") == 1
+
+
 MISTAKES = {
     "missing file": (["pretrain", "--data", "none.jsonl", "--out", "x"], "none.jsonl"),
     "no run": (["generate", "none"], "no such run folder"),
@@ -84,28 +175,103 @@ MISTAKES = {
     "missing field": (["pretrain", "--data", "{runs}/field.jsonl", "--out", "x", "--cache", "{runs}/c"], "body"),
     "not utf-8": (["pretrain", "--data", "{runs}/latin.txt", "--out", "x", "--cache", "{runs}/c"], "UTF-8"),
     "run in the way": (["pretrain", "--data", "{runs}/split", "--cache", "{runs}/cache", "--objective", "ar", "--out", "{runs}/ar"], "already holds a run"),
+    "compare nothing": (["compare", "{runs}/ar", "{runs}/diffusion"], "give --prompt TEXT"),
+    "compare the wrong way round": (["compare", "{runs}/diffusion", "{runs}/ar", "--prompt", "a"], "objective diffusion; expected ar"),
+    "compare with no run": (["compare", "{runs}/ar", "none", "--prompt", "a"], "none: no such run folder"),
+    "compare chat with none": (["compare", "{runs}/ar_chat", "{runs}/diffusion", "--prompt", "a"], "ar_chat was fine-tuned on conversations"),
+    "compare an empty prompt": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompt", "a", "--prompt", " "], "prompt 2: the prompt is ' '"),
+    "compare beyond the context": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompt", "a", "--gen-length", "5000"], "context of 4096"),
+    "compare no file": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "none.txt"], "none.txt: no such file"),
+    "compare a broken file": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/bad.jsonl"], r"bad\.jsonl:1: no prompt here"),
+    "compare not utf-8": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/latin.txt"], r"latin\.txt:1: not UTF-8"),
+    "chat with no run": (["chat", "none"], "no such run folder"),
+    "chat with the other's flag": (["chat", "{runs}/ar_chat", "--steps", "4"], "steps is 4, which means nothing to an ar model"),
+    "chat beyond the context": (["chat", "{runs}/ar_chat", "--gen-length", "5000"], "context of 4096"),
+    "sft of the other kind": (["sft", "--data", "toy", "--objective", "diffusion", "--init-from", "{runs}/ar", "--out", "x"], "ar is an ar model"),
+    "sft on no file": (["sft", "--data", "none.jsonl", "--init-from", "{runs}/ar", "--out", "x"], "none.jsonl: no such file"),
+    "sft on a broken file": (["sft", "--data", "{runs}/bad.jsonl", "--init-from", "{runs}/ar", "--out", "x"], r"bad\.jsonl:1"),
+    "eval nothing": (["eval", "{runs}/ar"], "give --data, --questions or --samples"),
+    "eval cold samples": (["eval", "{runs}/ar", "--samples", "4"], "give --temperature"),
+    "eval one sample": (["eval", "{runs}/ar", "--samples", "1", "--temperature", "1"], "samples is 1"),
+    "eval fewer than no samples": (["eval", "{runs}/ar", "--samples", "-1"], "samples is -1"),
+    "eval without masks": (["eval", "{runs}/diffusion", "--data", "toy", "--masks", "0"], "masks is 0; expected at least 1"),
+    "eval questions of no talker": (["eval", "{runs}/ar", "--questions", "toy"], "ar was not fine-tuned on conversations"),
+    "eval the language of nothing": (["eval", "{runs}/ar", "--data", "{runs}/split", "--language", "en"], "--language is about the toy"),
+    "eval an unknown language": (["eval", "{runs}/ar", "--data", "toy", "--language", "fr"], "fr"),
+    "eval the direction of nothing": (["eval", "{runs}/ar", "--data", "toy", "--direction", "forward"], "--direction is about questions"),
+    "eval an unknown direction": (["eval", "{runs}/ar_chat", "--questions", "toy", "--direction", "up"], "up"),
+    "eval idle judge": (["eval", "{runs}/ar", "--data", "toy", "--judge", "{runs}/ar"], "give --samples"),
+    "eval unjust judge": (["eval", "{runs}/ar", "--samples", "2", "--temperature", "1", "--gen-length", "4", "--judge", "{runs}/diffusion"], "the judge is a diffusion"),
+    "eval samples of a talker": (["eval", "{runs}/ar_chat", "--samples", "2", "--temperature", "1"], "no documents of its own"),
+    "eval no questions": (["eval", "{runs}/ar", "--questions", "{runs}/empty.jsonl"], "no conversations in it"),
+    "eval no limit": (["eval", "{runs}/ar", "--questions", "toy", "--limit", "0"], "limit is 0"),
+    "eval flags of the other kind": (["eval", "{runs}/diffusion_chat", "--questions", "toy", "--top-k", "3"], "top_k is 3, which means nothing to a diffusion"),
+    "eval nothing fits": (["eval", "{runs}/ar", "--data", "toy", "--canvas", "4"], "fits 4 tokens"),
+    "bench the wrong way round": (["bench", "sample", "--run", "{runs}/ar"], "exchange the two"),
     "nothing to resume": (["pretrain", "--data", "{runs}/split", "--cache", "{runs}/cache", "--resume", "--out", "{runs}/new"], "nothing to resume"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_a_failure(runs, capsys, mistake):
+def test_a_mistake_is_one_line_and_a_failure(tuned, capsys, monkeypatch, mistake):
+    runs = tuned
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n"))
     (runs / "empty.jsonl").write_text("")
     (runs / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (runs / "field.jsonl").write_text('{"body": "fine"}\n')
     (runs / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     arguments, message = MISTAKES[mistake]
-    small = SMALL if arguments[0] == "pretrain" else ["--device", "cpu"]
+    small = {"pretrain": SMALL, "sft": SFT}.get(arguments[0], ["--device", "cpu"])
     assert call(*[argument.format(runs=runs) for argument in arguments], *small) == 1
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("nanollada:")]
     assert len(lines) == 1 and re.search(message, lines[0]) and "Traceback" not in error
 
 
-def test_a_bad_setting_is_refused_before_anything_is_made(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        call("pretrain", "--data", "toy", "--out", tmp_path / "x", "--steps", 0)
-    assert stopped.value.code == 2 and "steps is 0" in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "x").exists()
+@pytest.mark.parametrize("arguments, message", [
+    (["pretrain", "--data", "toy", "--out", "x", "--steps", 0], "steps is 0"),
+    (["sft", "--data", "toy", "--init-from", "x", "--out", "y", "--steps", 0], "steps is 0"),
+    (["sft", "--data", "toy", "--init-from", "x", "--out", "x"], "x"),
+    (["compare", "a", "b", "--gen-length", 0], "gen_length is 0"),
+    (["bench", "train", "--preset", "foo"], "foo"),
+])
+def test_a_bad_setting_is_one_line_before_anything_is_made(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nanollada: ") and error.count("\n") == 1 and message in error and not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_is_explained(capsys):
+    for flags, message in ((["--steps", "abc"], "invalid"), (["--stepz", "3"], "--stepz")):
+        with pytest.raises(SystemExit) as stopped:
+            call("pretrain", "--data", "toy", "--out", "x", *flags)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb, arguments, status, saved", [
+    ("Chat", ["chat", "x"], 0, False), ("Generate", ["generate", "x"], 130, False),
+    ("Pretrain", ["pretrain", "--data", "toy", "--out", "x"], 130, True),
+    ("Sft", ["sft", "--data", "toy", "--init-from", "x", "--out", "y"], 130, True)])
+def test_ctrl_c_speaks_of_saved_state_only_where_there_is_one(capsys, monkeypatch, verb, arguments, status, saved):
+    def stop(self):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(VERBS[arguments[0]], "run", stop)
+    assert VERBS[arguments[0]].__name__ == verb and call(*arguments) == status
+    said = capsys.readouterr()
+    assert ("--resume" in said.err) == saved and (said.out == "\n" and not said.err) == (verb == "Chat")
+
+
+def test_toy_questions_and_documents_can_be_of_one_language(tuned, capsys):
+    from nanollada.cli import held_out, held_out_questions
+    asked = held_out_questions("toy", 6, "en", "forward")
+    assert asked == toy_conversations(6, 1_000_003, "en", "forward") != held_out_questions("toy", 6)
+    assert all(story.isascii() for story in held_out("toy", "text", 6, "en")) and not "".join(held_out("toy", "text", 6)).isascii()
+    arguments = ["eval", tuned / "ar_chat", "--questions", "toy", "--limit", 2, "--gen-length", 4, "--device", "cpu"]
+    for flags, language, direction in (([], "both", "both"), (["--language", "en", "--direction", "forward"], "en", "forward")):
+        assert call(*arguments, *flags) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["language"] == language and report["questions"]["direction"] == direction
 
 
 def test_skip_bad_lines_counts_them(runs, capsys):
@@ -115,10 +281,17 @@ def test_skip_bad_lines_counts_them(runs, capsys):
     assert json.loads(capsys.readouterr().out)["skipped_lines"] == 1
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_bench_has_two_subjects(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call("bench", "--help")
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "train" in text and "sample" in text
+
+
+@pytest.mark.parametrize("verb", [*(name for name in VERBS if name != "bench"), "bench train", "bench sample"])
 def test_every_flag_is_explained(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
-        call(verb, "--help")
+        call(*verb.split(), "--help")
     text = capsys.readouterr().out
     assert stopped.value.code == 0
     rows = re.split(r"\n[│ ]*(?=--?[a-zA-Z])", re.sub(r"[ │]+\n", "\n", text))
@@ -152,8 +325,10 @@ def _fields(cls) -> set[str]:
     names = set()
     for field in dataclasses.fields(cls):
         names.add(field.name)
-        if field.name == "train":
+        if field.name in ("train", "answer", "bench"):
             names |= {inner.name for inner in dataclasses.fields(type(field.default_factory()))}
+        if field.name == "subject":
+            names |= _fields(BenchSample) | _fields(BenchTrain)
     return names
 
 

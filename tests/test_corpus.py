@@ -1,9 +1,14 @@
 "From documents to batches: every source, every complaint, and nothing lost on the way."
 
+import errno
 import json
 import pickle
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -610,3 +615,76 @@ def test_fingerprint_sees_content_dates_and_settings(tmp_path):
     write_jsonl(path, [{"text": "xy"}])
     assert len(marks | {source_fingerprint(path)}) == 4
     assert source_fingerprint(path) == source_fingerprint(str(path))
+
+
+# ---- a build that was killed
+
+
+KILLED = """
+import os, sys
+import nanollada.corpus as module
+from nanollada.tokenizer import load_tokenizer
+
+def documents():
+    for i in range(300):
+        if i == 95:
+            os._exit(9)  # as `kill -9` would
+        yield f"text number {i}"
+
+module.SAVE_EVERY = 2
+module.build_stream(documents(), load_tokenizer(sys.argv[1]), sys.argv[2], batch_size=10, source="the same")
+"""
+
+
+def test_a_killed_build_goes_on_where_its_last_note_was(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "tokenizer"), str(tmp_path / "s")]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    assert json.loads((tmp_path / "s/partial/progress.json").read_text())["documents"] == 80
+    with pytest.raises(UserError, match="no finished stream"):
+        TokenStream(tmp_path / "s")
+    texts = [f"text number {i}" for i in range(300)]
+    encoded, real = [], module._encode_documents
+    monkeypatch.setattr(module, "_encode_documents", lambda batch, *rest: encoded.extend(batch) or real(batch, *rest))
+    again = build_stream(texts, tokenizer, tmp_path / "s", batch_size=10, source="the same")
+    assert encoded == texts[80:] and sorted(p.name for p in again.folder.iterdir()) == ["documents.bin", "meta.json", "tokens.bin"]
+    whole = build_stream(texts, tokenizer, tmp_path / "whole", source="the same")
+    assert again.meta == whole.meta
+    for name in ("tokens.bin", "documents.bin"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["source", "tokenizer", "short file"])
+def test_what_another_build_left_is_not_continued(tokenizer, tmp_path, monkeypatch, change):
+    def broken():
+        yield from ["a"] * 50
+        raise UserError("stop")
+
+    monkeypatch.setattr(module, "SAVE_EVERY", 1)
+    with pytest.raises(UserError, match="stop"):
+        build_stream(broken(), tokenizer, tmp_path, batch_size=10, source="one")
+    assert (tmp_path / "partial" / "progress.json").is_file()
+    if change == "short file":
+        (tmp_path / "partial" / "tokens.bin").write_bytes(b"")
+    other = train_tokenizer(TEXTS, 300) if change == "tokenizer" else tokenizer
+    stream = build_stream(["b"] * 60, other, tmp_path, source="two" if change == "source" else "one")
+    assert stream.n_documents == 60 and {stream.decode(i, other) for i in range(60)} == {"b"}
+
+
+def test_two_builders_of_one_stream_take_turns(tokenizer, tmp_path, monkeypatch):
+    built, real = [], module._build
+    monkeypatch.setattr(module, "_build", lambda *args: built.append(1) or time.sleep(0.1) or real(*args))
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(build_stream, TEXTS, tokenizer, tmp_path, source="one") for _ in range(2)]
+    assert [len(job.result()) for job in jobs] == [len(jobs[0].result())] * 2 and len(built) == 1
+
+
+def test_a_full_disk_is_explained_and_nothing_noted_is_lost(tokenizer, tmp_path, monkeypatch):
+    def full(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_sync", full)
+    with pytest.raises(UserError, match="disk is full"):
+        build_stream(TEXTS, tokenizer, tmp_path, source="one")
+    with pytest.raises(UserError, match="no finished stream"):
+        TokenStream(tmp_path)

@@ -331,3 +331,10 @@ def test_mirrored_batch_is_unbiased_alone():
 def test_bad_input_is_explained(call, message):
     with pytest.raises(UserError, match=message):
         call(RandomDenoiser(3, 4, 0), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]))
+
+
+def test_places_known_beforehand_change_nothing():
+    model, x0 = RandomDenoiser(3, 5, 0), torch.randint(3, (6, 5), generator=gen(0))
+    noised = noise_batch(x0, 3, generator=gen(1))
+    places = noised.mask.flatten().nonzero()[:, 0]
+    assert torch.equal(masked_ce(model, x0, noised, places=places), masked_ce(model, x0, noised))

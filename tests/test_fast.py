@@ -11,8 +11,9 @@ from nanollada.backbone import Backbone, BackboneConfig, save_model, save_tokeni
 from nanollada.core import UserError, make_generator
 from nanollada.fast import (BenchConfig, FastRules, bench_sample, by_entropy, by_factor, by_hierarchy, by_threshold, fast_generate,
                             few_passes, least_trusted, pass_quotas, plain_loop, share_by_entropy)
-from nanollada.sampler import generate
+from nanollada.sampler import exact_sample_distribution, generate
 from nanollada.tokenizer import train_tokenizer
+from oracles import RandomDenoiser
 
 MASK, EOS, N = 22, 3, 12
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -82,14 +83,53 @@ def test_near_refresh_computes_two_blocks(shift):
     assert stats["positions"] == (17 + 3 * (4 + shift)) + 2 * ((8 + shift) + 3 * (4 + shift))
 
 
+# A canvas that grows with the text.
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_with_no_masks_ahead_each_block_is_a_canvas_of_its_own(cache, shift):
+    model, prompt = make_model(shift), make_prompt(3, 5)
+    found = fast_generate(model, prompt, MASK, N, rule="quota", block_length=4, cache=cache, refresh_every=1, ahead=0)
+    wanted = prompt
+    for _ in range(N // 4):
+        wanted = generate(model.denoise, wanted, MASK, 4, steps=4)
+    assert torch.equal(found, wanted)
+
+
+def test_masks_ahead_are_part_of_the_canvas():
+    model, prompt = make_model(), make_prompt(3, 5)
+    found = fast_generate(model, prompt, MASK, N, rule="quota", block_length=4, cache="none", ahead=4, attention_mask=PADDING)
+    wanted, mask = prompt, PADDING
+    for _ in range(N // 4):  # a canvas of 8 masks, of which the first four are kept
+        room = min(8, 5 + N - wanted.shape[1])
+        wanted = generate(model.denoise, wanted, MASK, room, steps=room, block_length=4, attention_mask=mask)
+        wanted, mask = wanted[:, : mask.shape[1] + 4], torch.cat([mask, torch.ones_like(mask[:, :4])], dim=1)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_enough_masks_ahead_change_nothing(cache):
+    model, prompt = make_model(), make_prompt(3, 5)
+    settings = dict(rule="threshold", threshold=0.3, block_length=4, cache=cache)
+    wanted = fast_generate(model, prompt, MASK, N, **settings)
+    assert torch.equal(fast_generate(model, prompt, MASK, N, ahead=N, **settings), wanted)
+
+
+def test_near_refresh_computes_the_masks_that_are_new():
+    stats, settings = {}, dict(rule="quota", block_length=4, refresh="near", ahead=2)
+    fast_generate(make_model(), make_prompt(1, 5), MASK, N, stats=stats, **settings)
+    assert stats["positions"] == (5 + 4 + 2) + (4 + 4 + 2) + (4 + 4) + 3 * 3 * 4
+
+
 # A row does not depend on its neighbours, although batches shrink and rows change places.
 
 
 @pytest.mark.parametrize("rule", PARALLEL)
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_rows_are_independent(rule, cache):
+@pytest.mark.parametrize(("cache", "ahead"), [("none", None), ("prefix", None), ("prefix", 2), ("dual", None), ("dual", 2)])
+def test_rows_are_independent(rule, cache, ahead):
     model, prompt = make_model(), make_prompt(3, 5)
-    settings = dict(block_length=5, rule=rule, cache=cache, eos_id=EOS, patience=3, temperature=0.7, **LOOSE)
+    settings = dict(block_length=5, rule=rule, cache=cache, ahead=ahead, eos_id=EOS, patience=3, temperature=0.7, **LOOSE)
     streams = [make_generator(0, row) for row in range(3)]
     together = fast_generate(model, prompt, MASK, N, attention_mask=PADDING, generator=streams, **settings)
     for row in range(3):
@@ -276,6 +316,18 @@ def test_without_corrector_few_passes_is_the_sampler(passes):
     assert torch.equal(few_passes(model.denoise, prompt, MASK, 20, passes), wanted)
 
 
+def test_few_passes_in_random_order_draws_what_the_sampler_draws():
+    table, n = RandomDenoiser(3, 4, seed=2), 4000
+    denoiser = lambda ids, attention_mask=None: table(ids)
+    exact = exact_sample_distribution(denoiser, torch.full((4,), 3), 3, 2, "random")  # (4, 4, 4, 4)
+    ids = few_passes(denoiser, torch.zeros(n, 0, dtype=torch.long), 3, 4, 2, temperature=1.0, generator=make_generator(0),
+                     remasking="random")
+    for text in exact.flatten().topk(5).indices:
+        p = exact.flatten()[text].item()
+        share = ((ids * 4 ** torch.arange(3, -1, -1)).sum(1) == text).double().mean().item()
+        assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5
+
+
 def test_the_corrector_takes_back_the_least_trusted():
     trust = torch.tensor([[0.9, 0.2, 0.5, 0.7, math.inf]])
     assert least_trusted(trust, 0.4, 0.8, 1.0).tolist() == [[False, True, True, False, False]]  # (1 - 0.8) / 0.4 of four
@@ -318,7 +370,8 @@ def test_bench_asks_a_judge():
     (dict(rule="best"), "rule is 'best'"), (dict(cache="all"), "cache is 'all'"), (dict(refresh="far"), "refresh is 'far'"),
     (dict(block_length=0), "block_length is 0"), (dict(refresh_every=0), "refresh_every is 0"), (dict(patience=0), "patience is 0"),
     (dict(steps=1.5), "steps is 1.5"), (dict(threshold=1.1), "threshold is 1.1"), (dict(low_threshold=-1), "low_threshold is -1"),
-    (dict(factor=0), "factor is 0"), (dict(gamma=-1), "gamma is -1"), (dict(temperature=-1), "temperature is -1"),
+    (dict(factor=0), "factor is 0"), (dict(gamma=-1), "gamma is -1"), (dict(ahead=-1), "ahead is -1"),
+    (dict(temperature=-1), "temperature is -1"),
 ])
 def test_bad_rules(settings, message):
     with pytest.raises(UserError, match=message):
@@ -341,6 +394,8 @@ def test_bad_calls():
         few_passes(model.denoise, prompt, MASK, 4, 2, "sine")
     with pytest.raises(UserError, match="corrector is 2"):
         few_passes(model.denoise, prompt, MASK, 4, 2, corrector=2)
+    with pytest.raises(UserError, match="remasking is 'ancestral'"):
+        few_passes(model.denoise, prompt, MASK, 4, 2, remasking="ancestral")
     with pytest.raises(UserError, match="variant is 'magic'"):
         BenchConfig(variants=("magic",))
     with pytest.raises(UserError, match="repeats is 0"):

@@ -171,6 +171,7 @@ def test_logits_at_prefers_at_and_passes_padding_only_when_given():
 
     assert (logits_at(WithAt(), x, where) == 7).all()
     assert logits_at(plain, x, torch.zeros(2, 4, dtype=torch.bool)).shape == (0, 3)
+    assert torch.equal(logits_at(plain, x, where.flatten().nonzero()[:, 0]), expected)
 
 
 def test_subs_is_a_distribution_without_mask_and_certain_where_visible():

@@ -93,6 +93,10 @@ def test_resume_is_exact(folder):
         trainer.save_checkpoint = original
     resumed = pretrain(config(folder, "half", steps=4, resume=True))
     assert resumed.steps == whole.steps
+    record = read_json(folder / "half" / "train_config.json")
+    with pytest.raises(UserError, match="cannot be resumed with other settings: document_mask was False and is True"):
+        pretrain(config(folder, "half", steps=4, resume=True, document_mask=True))
+    assert read_json(folder / "half" / "train_config.json") == record
     weights = [load_run(folder / name, device="cpu")[0].state_dict() for name in ("whole", "half")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -162,6 +166,8 @@ def test_a_canvas_makes_diffusion_pay_for_the_length(folder):
     assert long.item() > 10 * short.item() and torch.equal(counts, own)
     with pytest.raises(UserError, match="make rows longer"):
         score_documents(model, tokenizer, toy.sample(1, 0), canvas=10)
+    with pytest.raises(UserError, match="masks is 0; expected at least 1"):
+        score_documents(model, tokenizer, ["Lucy"], n_samples=0)
 
 
 @pytest.mark.parametrize("changes, message", [
