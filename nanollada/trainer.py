@@ -9,6 +9,8 @@ __all__ = ['TrainConfig', 'progress_at', 'lr_at', 'parameter_groups', 'make_opti
            'truncate_metrics', 'TrainResult', 'StopSignal', 'make_accelerator', 'train']
 
 # %% ../nbs/08_trainer.ipynb #imports
+import atexit
+import gc
 import json
 import math
 import shutil
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed.nn  # while there is no process group: its functions would hold on to one
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
@@ -487,6 +490,13 @@ def make_accelerator(
     return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", dynamo_backend="no")
 
 
+def _leave_group() -> None:
+    "Destroy the process group while Python is whole: a thread of gloo that drops a tensor later aborts the process."
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()  # the wrapped model held the group too
+
+
 def _micro_rows(cfg: TrainConfig, world: int) -> int:
     "Rows per forward pass; `UserError` if the batch does not divide."
     micro = cfg.micro_batch_size or max(1, cfg.batch_size // world)
@@ -788,6 +798,7 @@ def train(
     Raises `UserError` for a loss that is not finite, a folder already in use, settings that differ from those
     of the run to resume, a full disk, and too little memory. After SIGINT or SIGTERM it saves, then stops.
     """
+    atexit.unregister(_leave_group)  # a process that fails must not wait for the others
     run = _set_up(model, task, cfg, out, save_model)
     _open_folder(run, resume, overwrite, info)
     with _session(run) as stop:
@@ -799,6 +810,8 @@ def train(
             _after_step(run, stop)
             stop.raise_if_received()
     run.accelerator.wait_for_everyone()
+    if run.accelerator.num_processes > 1:
+        atexit.register(_leave_group)
     speeds = [r["tokens_per_second"] for r in run.history if "tokens_per_second" in r]
     speed = statistics.median(speeds or [0.0])
     return TrainResult(run.history, run.best, run.step, run.seconds, speed, _why_stop(run))
