@@ -14,6 +14,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TextIO
 
 import torch
@@ -226,11 +227,11 @@ def run_chat(
 ) -> int:  # questions answered
     "Answer line after line up to the end or /quit; /reset begins anew. Raises `UserError`, in a pipe only."
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    chat, terminal, count = Chat(model, tokenizer, system, **settings), stdout.isatty(), 0
-    while True:
+    chat, terminal, answered = Chat(model, tokenizer, system, **settings), stdout.isatty(), 0
+    for number in count(1):
         question = _next_line(stdin, stdout, terminal and stdin.isatty())
         if question is None or question == "/quit":
-            return count
+            return answered
         if question == "/reset":
             chat.reset()
         elif not question:
@@ -238,7 +239,7 @@ def run_chat(
         elif question.startswith("/") and terminal:
             stdout.write(f"(there is no {question.split()[0]}; there are /reset and /quit)\n")
         else:
-            count += _answer_line(chat, question, stdout, terminal)
+            answered += _answer_line(chat, question, stdout, terminal, number)
 
 
 def _next_line(stdin: TextIO, stdout: TextIO, prompts: bool) -> str | None:
@@ -252,19 +253,23 @@ def _next_line(stdin: TextIO, stdout: TextIO, prompts: bool) -> str | None:
     return line.strip() if line else None
 
 
-def _answer_line(chat: Chat, question: str, stdout: TextIO, terminal: bool) -> bool:
-    "Answer one question; whether it was answered."
-    if not terminal:
-        stdout.write(" ".join(printable(chat.ask(question)).splitlines()) + "\n")
-        stdout.flush()
-        return True
+def _answer_line(chat: Chat, question: str, stdout: TextIO, terminal: bool, number: int) -> bool:
+    "Answer the question on line `number`; whether it was answered."
     try:
+        if not terminal:
+            stdout.write(" ".join(printable(chat.ask(question)).splitlines()) + "\n")
+            stdout.flush()
+            return True
         last = show_in_terminal(chat.stream(question), stdout, chat.model.cfg.objective == "ar")
         if last.forgotten:
             stdout.write(f"({last.forgotten} oldest turns no longer fit and were left out)\n")
         return True
     except UserError as error:
+        if not terminal:
+            raise UserError(f"line {number} of the questions: {error}") from None
         stdout.write(f"({error})\n")
     except KeyboardInterrupt:
+        if not terminal:
+            raise
         stdout.write("\n(stopped; this question and its answer are forgotten)\n")
     return False

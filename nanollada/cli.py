@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
@@ -418,13 +419,16 @@ def main(
     except (UserError, OSError) as error:
         print(f"nanollada: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if status not in (130, 128 + signal.SIGTERM):  # what the trainer ends with once it has saved
+            raise
         if isinstance(verb, Chat):  # as at the end of the input
             print()
             return 0
         saved = "; a training saved its state and goes on with --resume" if isinstance(verb, Pretrain | Sft) else ""
         print(f"nanollada: stopped{saved}", file=sys.stderr)
-        return 130
+        return status
     return 0
 
 

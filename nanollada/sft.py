@@ -474,8 +474,7 @@ class SftTask:
 # %% ../nbs/14_sft.ipynb #sft_schedule
 def sft_schedule() -> TrainConfig:  # a configuration of the trainer
     "LLaDA's schedule of fine-tuning (§2.3), at a length and rate for small models."
-    return TrainConfig(steps=600, learning_rate=5e-4, warmup_steps=50, schedule="wsd", decay_fraction=0.1,
-                       min_lr_ratio=0.1)
+    return TrainConfig(steps=600, learning_rate=5e-4, schedule="wsd", decay_fraction=0.1, min_lr_ratio=0.1)
 
 
 @dataclass

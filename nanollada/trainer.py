@@ -48,7 +48,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # rows per forward pass and process; None: all at once
     learning_rate: float = 1e-3  # the highest learning rate
     min_lr_ratio: float = 0.1  # last learning rate / highest, in [0, 1]
-    warmup_steps: int = 20  # updates over which the learning rate rises from zero
+    warmup_steps: int | None = None  # updates over which the learning rate rises from zero; None: 50, a quarter of short runs
     schedule: str = "wsd"  # wsd (warm up, hold, decay in a line), cosine or constant
     decay_fraction: float = 0.2  # share of the run that wsd spends decaying, in (0, 1]
     optimizer: str = "adamw"  # adamw, or muon for the hidden matrices and adamw for the rest
@@ -76,6 +76,11 @@ class TrainConfig:
             if not ok:
                 raise UserError(f"TrainConfig.{name} is {getattr(self, name)!r}; expected {expected}")
 
+    @property
+    def warmup(self) -> int:
+        "Updates of warm-up: `warmup_steps`, or 50 (LLaDA §2.3), or a quarter of a run shorter than 200 updates."
+        return min(50, self.steps // 4) if self.warmup_steps is None else self.warmup_steps
+
 # %% ../nbs/08_trainer.ipynb #config_rules
 def _config_rules(c: TrainConfig) -> list[tuple[str, bool, str]]:
     "What each field must satisfy: name, whether it does, what was expected."
@@ -89,7 +94,7 @@ def _config_rules(c: TrainConfig) -> list[tuple[str, bool, str]]:
         *((n, ok, "an integer of at least 1") for n, ok in whole.items()),
         *((n, getattr(c, n) > 0, "a number above 0") for n in positive),
         ("min_lr_ratio", 0 <= c.min_lr_ratio <= 1, "a share from 0 to 1"),
-        ("warmup_steps", 0 <= c.warmup_steps <= c.steps, f"0 to steps ({c.steps})"),
+        ("warmup_steps", 0 <= c.warmup <= c.steps, f"0 to steps ({c.steps})"),
         ("schedule", c.schedule in ("wsd", "cosine", "constant"), "wsd, cosine or constant"),
         ("decay_fraction", 0 < c.decay_fraction <= 1, "a share above 0 and up to 1"),
         ("optimizer", c.optimizer in ("adamw", "muon"), "adamw or muon"),
@@ -118,15 +123,15 @@ def lr_at(
     cfg: TrainConfig,  # the schedule
     elapsed: float = 0.0,  # seconds since the run began; matters only with a time budget
 ) -> float:  # learning rate of this update
-    "Learning rate: a linear rise over `warmup_steps`, then the schedule (`wsd` as in LLaDA §2.2)."
+    "Learning rate: a linear rise over the warm-up, then the schedule (`wsd` as in LLaDA §2.2)."
     done = progress_at(step, cfg, elapsed)
     left = 1.0  # 1 before the decay, 0 at the end of the run
     if cfg.schedule == "wsd":
         left = min(1.0, (1 - done) / cfg.decay_fraction)
     elif cfg.schedule == "cosine":
-        start = min(cfg.warmup_steps / cfg.steps, 1 - 1e-9)
+        start = min(cfg.warmup / cfg.steps, 1 - 1e-9)
         left = (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2
-    rise = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    rise = min(1.0, (step + 1) / max(1, cfg.warmup))
     return cfg.learning_rate * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
 # %% ../nbs/08_trainer.ipynb #parameter_groups

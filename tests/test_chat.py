@@ -175,8 +175,8 @@ def test_in_a_pipe_one_line_in_is_one_line_out(models, tokenizer, objective):
     lines = out.getvalue().split("\n")
     assert count == 3 and len(lines) == 5 and lines[1] == lines[4] == "" and "\x1b" not in out.getvalue()
     assert lines[0] == lines[2] == " ".join(printable(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0]).splitlines())
-    with pytest.raises(UserError, match="ask something shorter"):
-        run_chat(models[objective], tokenizer, io.StringIO("word " * 90), io.StringIO(), gen_length=8)
+    with pytest.raises(UserError, match="line 2 of the questions: .*ask something shorter"):
+        run_chat(models[objective], tokenizer, io.StringIO("\n" + "word " * 90), io.StringIO(), gen_length=8)
 
 
 def screen(written, columns=80):

@@ -249,13 +249,16 @@ def test_what_cannot_be_read_is_explained(capsys):
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb, arguments, status, saved", [
-    ("Chat", ["chat", "x"], 0, False), ("Generate", ["generate", "x"], 130, False),
-    ("Pretrain", ["pretrain", "--data", "toy", "--out", "x"], 130, True),
-    ("Sft", ["sft", "--data", "toy", "--init-from", "x", "--out", "y"], 130, True)])
-def test_ctrl_c_speaks_of_saved_state_only_where_there_is_one(capsys, monkeypatch, verb, arguments, status, saved):
+PRETRAIN, TUNE = ["pretrain", "--data", "toy", "--out", "x"], ["sft", "--data", "toy", "--init-from", "x", "--out", "y"]
+CTRL_C, TERMINATED = KeyboardInterrupt(), SystemExit(143)  # as the trainer ends after SIGTERM
+
+
+@pytest.mark.parametrize("verb, arguments, error, status, saved", [
+    ("Chat", ["chat", "x"], CTRL_C, 0, False), ("Generate", ["generate", "x"], CTRL_C, 130, False),
+    ("Pretrain", PRETRAIN, CTRL_C, 130, True), ("Sft", TUNE, CTRL_C, 130, True), ("Pretrain", PRETRAIN, TERMINATED, 143, True)])
+def test_stopping_speaks_of_saved_state_only_where_there_is_one(capsys, monkeypatch, verb, arguments, error, status, saved):
     def stop(self):
-        raise KeyboardInterrupt
+        raise error
     monkeypatch.setattr(VERBS[arguments[0]], "run", stop)
     assert VERBS[arguments[0]].__name__ == verb and call(*arguments) == status
     said = capsys.readouterr()

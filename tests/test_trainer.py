@@ -395,6 +395,13 @@ def test_schedule_rises_holds_and_ends_low(schedule):
         assert rates[55] == pytest.approx(1.25)
 
 
+def test_warmup_of_short_runs_is_short():
+    assert [TrainConfig(steps=n).warmup for n in (1, 8, 200, 10_000)] == [0, 2, 50, 50]
+    assert TrainConfig(steps=1000, warmup_steps=7).warmup == 7 and TrainConfig(steps=2, warmup_steps=2).warmup == 2
+    cfg = TrainConfig(steps=1000)
+    assert lr_at(24, cfg) == pytest.approx(cfg.learning_rate / 2) and lr_at(50, cfg) == cfg.learning_rate
+
+
 def test_time_budget_moves_the_schedule():
     cfg = TrainConfig(steps=1000, warmup_steps=0, min_lr_ratio=0.0, time_budget=10.0, decay_fraction=0.5)
     assert lr_at(1, cfg, elapsed=5.0) == cfg.learning_rate
