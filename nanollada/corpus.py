@@ -14,6 +14,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -38,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from .core import UserError, atomic_path, read_json, write_json
 from .tokenizer import encode_batch, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .tokenizer import fetch_from_hub, hub_is_reachable
-from .toy import sample, surprises
+from .toy import CHINESE, ENGLISH, sample, surprises, vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -747,11 +748,15 @@ def random_length(
 
 # %% ../nbs/03_corpus.ipynb #toy_tokenizer
 def toy_tokenizer(
-    vocab_size: int = 2048,  # at most; about 1,420 are used
+    vocab_size: int = 2048,  # at most; about 1,580 are used
 ) -> PreTrainedTokenizerFast:  # one token for each word, but for rare pairs of Chinese words
     "Learn from the toy language word by word, so that no entry spans two words of Chinese, which has no spaces."
     stories = sample(3000, seed=0)
-    pieces = ([story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories)
+    pieces = [[story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories]
+    slot_or_word = rf"\{{\w+\}}|({'|'.join(sorted(vocabulary('zh'), key=len, reverse=True))})"
+    asks = [ask for language in (ENGLISH, CHINESE) for ways in language["asks"].values() for ask in ways.values()]
+    asked = [piece for ask in asks for piece in re.split(slot_or_word, ask) if piece]
+    pieces += 2 * [sorted(vocabulary("en")), asked, ["system", "user", "assistant"]]  # a merge is learned from two
     return train_tokenizer((piece for part in pieces for piece in part), vocab_size)
 
 # %% ../nbs/03_corpus.ipynb #prepare_data
