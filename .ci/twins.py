@@ -29,22 +29,22 @@ RUNS = Path("runs")
 POEMS = dict(dynasty="tang", min_chars=20, max_chars=120)  # the poems of the README's commands
 
 
-def schedule(steps, rate, rows=16, micro=None):
+def schedule(steps, rate, micro=None, precision="auto"):
     "LLaDA's schedule of fine-tuning, the same for both twins."
-    return replace(sft_schedule(), steps=steps, batch_size=rows, micro_batch_size=micro, learning_rate=rate,
-                   warmup_steps=min(50, steps // 4), optimizer="muon", eval_every=max(1, steps // 4), save_every=steps,
-                   log_every=max(1, steps // 20), progress=False, device="cpu")
+    return replace(sft_schedule(), steps=steps, batch_size=16, micro_batch_size=micro, learning_rate=rate,
+                   optimizer="muon", precision=precision, eval_every=max(1, steps // 4),
+                   save_every=steps, log_every=max(1, steps // 20), progress=False, device="cpu")
 
 
-def tune(name, start, data, steps, rate, length, bucket, spare, micro=None):
+def tune(name, start, data, steps, rate, micro=None, precision="auto", **settings):
     "Fine-tune one run; seconds, steps and the best validation loss."
-    out = RUNS / f"{name}_sft"
+    out = RUNS / name
     if ARGS.measure:
         last = read_jsonl(out / "metrics.jsonl")[-1]
         return {"seconds": last["seconds"], "steps": last["step"], "valid_loss": last["loss"], "rows": 16,
                 "learning_rate": rate}
-    done = sft(SftConfig(str(data), start, out, length=length, bucket=bucket, spare=spare, overwrite=True,
-                         train=schedule(steps, rate, micro=micro)))
+    learn = schedule(steps, rate, micro, precision)
+    done = sft(SftConfig(str(data), start, out, overwrite=True, train=learn, **settings))
     return {"seconds": done.seconds, "steps": done.steps, "valid_loss": (done.best or {}).get("loss"), "rows": 16,
             "learning_rate": rate}
 
@@ -122,26 +122,22 @@ def nll(model, prompt, option):
 
 
 def toy_twins(small):
-    "Questions about an English story that stands in the prompt; four in five are forward, which is learned last."
-    n, folder, models = (10 if small else 500), RUNS / "toy_talks", {}
-    for part, (count, seed) in {"train": (100 if small else 8_000, 0), "valid": (40, 100)}.items():
-        each = [toy_conversations(count, seed + n, "en", "backward" if n == 0 else "forward") for n in range(5)]
-        write_conversations(folder / f"{part}.jsonl", [talk for talks in zip(*each) for talk in talks])
+    "Questions about an English story that stands in the prompt, by the README's commands."
+    n, models = (10 if small else 500), {}
     asked = {way: toy_conversations(n, 1_000_003, "en", way) for way in ("forward", "backward")}
     mixed, texts = toy_conversations(n // 5, 1_000_004, "en"), toy.sample(10 if small else 200, 1_000_005)
-    for objective, start in (("ar", "demo/ar"), ("diffusion", "demo/diffusion_from_ar")):
-        rounds, place = [], RUNS / start  # the same questions twice over: what is learned last needs the second round
-        for number in (1, 2):
-            rounds.append(tune(f"toy_{objective}_{number}", place, folder, 10 if small else 5000, 1.5e-3, 160, 4, 0))
-            place = RUNS / f"toy_{objective}_{number}_sft"
-            model, tokenizer, _ = load_run(place, "cpu")
-            rounds[-1]["exact_match"] = asked_both_ways(model, tokenizer, asked, gen_length=4)
+    for objective, start, rate in (("ar", "demo/ar", 4e-3), ("diffusion", "demo/diffusion_from_ar", 2e-3)):
+        training = tune(f"toy_{objective}", RUNS / start, "toy", 10 if small else 5000, rate,
+                        precision="no", language="en", length=160, bucket=4, limit=200 if small else None)
+        model, tokenizer, _ = load_run(RUNS / f"toy_{objective}", "cpu")
         before, _, _ = load_run(RUNS / start, "cpu")
+        canvases = (32,) if objective == "ar" else (4, 8, 16, 32)
         models[objective] = {
             "bound": bound(before, tokenizer, texts, canvas=58),
-            "exact_match": rounds[-1]["exact_match"],
-            "speed": speeds(model, tokenizer, mixed, 4, (1, 2, 4)), "training": rounds,
-            "settings": {"gen_length": 4, "questions": n, "temperature": 0.0}}
+            "by_canvas": {str(size): asked_both_ways(model, tokenizer, asked, gen_length=size) for size in canvases},
+            "speed": speeds(model, tokenizer, mixed, 4, (1, 2, 4)), "training": training,
+            "settings": {"gen_length": 8, "questions": n, "temperature": 0.0}}
+        models[objective]["exact_match"] = models[objective]["by_canvas"]["32" if objective == "ar" else "8"]
         print(objective, models[objective], flush=True)
     return {"models": models}
 
@@ -169,7 +165,7 @@ def poetry_twins(small):
              for way, kind in (("forward", "next"), ("backward", "previous"))}
     models = {}
     for objective, start in (("ar", "tang_ar"), ("diffusion", "tang_diffusion_from_ar")):
-        training = tune(f"tang_{objective}", RUNS / start, folder, 10 if small else 600, 2e-3, 240, 8, 1, 4)
+        training = tune(f"tang_{objective}_sft", RUNS / start, folder, 10 if small else 600, 2e-3, 4, length=240)
         model, tokenizer, _ = load_run(RUNS / f"tang_{objective}_sft", "cpu")
         judge = model if objective == "ar" else judge
         before, _, _ = load_run(RUNS / start, "cpu")

@@ -337,5 +337,5 @@ def _fields(cls) -> set[str]:
 
 def test_the_python_of_readme_runs(runs, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    code = code.replace("runs/demo/diffusion_from_ar", str(runs / "diffusion")).replace("gen_length=57, steps=57, block_length=19", "gen_length=8, steps=8")
+    code = code.replace("runs/demo/diffusion_from_ar", str(runs / "diffusion")).replace("gen_length=60, steps=60, block_length=6", "gen_length=8, steps=8")
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

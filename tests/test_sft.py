@@ -21,6 +21,7 @@ from nanollada.sft import (AnswerConfig, ChatFormat, Conversation, Filling, Pair
                            poem_conversations, poem_questions, read_conversations, sft, start_sft, toy_conversations,
                            turns_of, write_conversations, write_ids)
 from nanollada.tokenizer import encode, load_tokenizer, train_tokenizer
+from nanollada.toy import questions
 from nanollada.trainer import TrainConfig, lr_at, split_batch
 
 POEMS = [{"title": f"題{n}", "author": f"人{n % 7}", "dynasty": "tang", "text": f"春{n}眠不覺曉，處處聞啼鳥。\n夜來{n}風雨聲，花落知多少。"}
@@ -135,8 +136,20 @@ def test_toy_answers_are_right_and_stand_in_the_prompt(language, direction):
 
 def test_toy_conversations_depend_on_the_seed_alone():
     assert toy_conversations(5, 1) == toy_conversations(9, 1)[:5] != toy_conversations(5, 2)
-    with pytest.raises(UserError, match="turns is 0"):
-        toy_conversations(1, turns=0)
+    for wrong, message in (({"turns": 0}, "turns is 0"), ({"forward": 1.5}, "forward is 1.5")):
+        with pytest.raises(UserError, match=message):
+            toy_conversations(1, **wrong)
+
+
+def test_the_share_of_forward_questions_is_kept(tmp_path):
+    forward = {q for story in toy.sample(400, 0, "en") for q, _ in questions(story, "en", "forward")}
+    asks_forward = lambda talks: [talk.turns[0]["content"].split("\n")[1] in forward for talk in talks]
+    for share in (0.0, 0.3, 1.0):
+        found = sum(asks_forward(toy_conversations(400, 0, "en", forward=share))) / 400
+        assert abs(found - share) <= 5 * (share * (1 - share) / 400) ** 0.5
+    parts = open_conversations(SftConfig("toy", tmp_path / "a", tmp_path / "b", limit=400, language="en"), Counter())
+    assert abs(sum(asks_forward(parts[0])) / 400 - 0.8) <= 5 * 0.4 / 20
+    assert not parts[0][0] == parts[1][0] and all(talk.turns[0]["content"].isascii() for part in parts for talk in part)
 
 
 def test_poems_are_divided_as_wholes_and_answers_are_true():
@@ -443,7 +456,8 @@ def test_a_run_without_chat_template_is_refused(folders, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"objective": "both"}, "objective is 'both'"), ({"valid_fraction": 1.0}, "valid_fraction is 1.0"),
+    ({"objective": "both"}, "objective is 'both'"), ({"data": "x", "language": "en"}, "language is 'en', which is for the data toy"),
+    ({"valid_fraction": 1.0}, "valid_fraction is 1.0"),
     ({"limit": 1}, "limit is 1"), ({"resume": True, "overwrite": True}, "exclude each other"), ({"out": "run"}, "the run to begin with"),
 ])
 def test_settings_are_checked(change, message):
