@@ -1,4 +1,4 @@
-"""Fine-tune the twins and measure them: the numbers of chapter 15 and the README (three quarters of an hour on one core).
+"""Fine-tune the twins and measure them: the numbers of chapter 15 and the README (under an hour on one core).
 
     python .ci/twins.py toy poetry          # each part starts from the pretrained runs
     python .ci/twins.py toy --small         # the same road in a minute; its numbers mean nothing
@@ -33,20 +33,19 @@ def schedule(steps, rate, micro=None, precision="auto"):
     "LLaDA's schedule of fine-tuning, the same for both twins."
     return replace(sft_schedule(), steps=steps, batch_size=16, micro_batch_size=micro, learning_rate=rate,
                    optimizer="muon", precision=precision, eval_every=max(1, steps // 4),
-                   save_every=steps, log_every=max(1, steps // 20), progress=False, device="cpu")
+                   save_every=steps, log_every=max(1, steps // 50), progress=False, device="cpu")
 
 
 def tune(name, start, data, steps, rate, micro=None, precision="auto", **settings):
-    "Fine-tune one run; seconds, steps and the best validation loss."
+    "Fine-tune one run, or with --measure find it done; seconds, steps, the last validation loss and the curve."
     out = RUNS / name
-    if ARGS.measure:
-        last = read_jsonl(out / "metrics.jsonl")[-1]
-        return {"seconds": last["seconds"], "steps": last["step"], "valid_loss": last["loss"], "rows": 16,
-                "learning_rate": rate}
-    learn = schedule(steps, rate, micro, precision)
-    done = sft(SftConfig(str(data), start, out, overwrite=True, train=learn, **settings))
-    return {"seconds": done.seconds, "steps": done.steps, "valid_loss": (done.best or {}).get("loss"), "rows": 16,
-            "learning_rate": rate}
+    if not ARGS.measure:
+        learn = schedule(steps, rate, micro, precision)
+        sft(SftConfig(str(data), start, out, overwrite=True, train=learn, **settings))
+    history = read_jsonl(out / "metrics.jsonl")
+    curve = [(r["step"], round(r["loss"], 5)) for r in history if r["split"] == "train"]
+    return {"seconds": history[-1]["seconds"], "steps": history[-1]["step"], "valid_loss": history[-1]["loss"], "rows": 16,
+            "learning_rate": rate, "curve": curve}
 
 
 def asked_both_ways(model, tokenizer, asked, **settings):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'attention_table', 'BackboneConfig', 'rope_frequencies', 'rotate', 'KVCache', 'attend', 'Attention',
-           'FeedForward', 'Block', 'Trunk', 'Backbone', 'initialise', 'Denoiser', 'preset', 'count_parameters',
+           'FeedForward', 'Block', 'Trunk', 'Backbone', 'initialise', 'BackboneDenoiser', 'preset', 'count_parameters',
            'to_huggingface', 'from_huggingface', 'save_model', 'save_tokenizer', 'load_weights', 'load_run']
 
 # %% ../nbs/04_backbone.ipynb #imports
@@ -300,9 +300,9 @@ class Backbone(nn.Module):
             raise UserError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary has {self.cfg.vocab_size} entries")
 
     @property
-    def denoise(self) -> "Denoiser":
+    def denoise(self) -> "BackboneDenoiser":
         "The bidirectional view of this model: ids (B, L) -> logits (B, L, V), position i answered at position i."
-        return Denoiser(self, self.cfg.shift)
+        return BackboneDenoiser(self, self.cfg.shift)
 
 # %% ../nbs/04_backbone.ipynb #initialise
 def initialise(
@@ -333,8 +333,8 @@ def _table_with_past(ids: Tensor, causal: bool, attention_mask: Tensor | None, d
     everything = ids.new_ones(ids.shape[0], length) if attention_mask is None else attention_mask
     return attention_table(everything, causal, everything)[:, :, past:]
 
-# %% ../nbs/04_backbone.ipynb #Denoiser
-class Denoiser:
+# %% ../nbs/04_backbone.ipynb #BackboneDenoiser
+class BackboneDenoiser:
     "A backbone seen as a denoiser: a callable ids (B, L) -> logits (B, L, V) that also answers at chosen positions only."
 
     def __init__(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from .ar import ar_terms, scored_places
-from .backbone import Backbone, BackboneConfig, Denoiser, load_run, preset, save_model, save_tokenizer
+from .backbone import Backbone, BackboneConfig, BackboneDenoiser, load_run, preset, save_model, save_tokenizer
 from .core import UserError, make_generator
 from .corpus import Windows, prepare_data, random_length
 from .elbo import ce_by_noise, estimate_nelbo, masked_ce
@@ -68,7 +68,7 @@ class TextTask:
         if self.cfg.objective == "ar":
             return ar_terms(model, batch["ids"], batch["real"], documents, batch.get("places")).sum(), {}
         noised = Noised(batch["xt"], batch["mask"], batch["t"], batch["weight"])
-        ce = masked_ce(Denoiser(model, self.cfg.shift, documents), batch["ids"], noised, places=batch.get("places"))
+        ce = masked_ce(BackboneDenoiser(model, self.cfg.shift, documents), batch["ids"], noised, places=batch.get("places"))
         sums, counts = ce_by_noise(ce, noised, n_bins=5)
         logs = {f"ce_{20 * i}_{20 * (i + 1)}": (sums[i], counts[i]) for i in range(5)}
         return (noised.weight * ce).sum(), logs

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from .ar import ar_terms, decode, scored_places
-from .backbone import Backbone, BackboneConfig, Denoiser, load_run, save_model, save_tokenizer
+from .backbone import Backbone, BackboneConfig, BackboneDenoiser, load_run, save_model, save_tokenizer
 from .core import UserError, atomic_path, make_generator
 from .corpus import fetch_minimind, is_held_out, read_poems
 from .elbo import masked_ce
@@ -461,7 +461,7 @@ class SftTask:
             nats = ar_terms(model, batch["ids"], places=batch["places"])  # (B,)
         else:
             noised = Noised(batch["xt"], batch["mask"], batch["t"], batch["weight"])
-            denoiser, padding = Denoiser(model, self.cfg.shift), batch.get("real")
+            denoiser, padding = BackboneDenoiser(model, self.cfg.shift), batch.get("real")
             nats = noised.weight * masked_ce(denoiser, batch["ids"], noised, padding, places=batch["places"])  # (B, L)
             nats = nats.sum(1)
         return (nats / batch["answer"].sum(1)).sum(), {}
