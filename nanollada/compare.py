@@ -232,7 +232,7 @@ def comparison_table(
         for name in ("ar", "diffusion"):
             side = record[name]
             lines.append(f"| {number} | {name} | {side['tokens']} | {side['forward_passes']} | {side['seconds']:.3f} "
-                         f"| {side['tokens_per_second']:,.0f} | {side['first_seconds'] * 1000:.1f} |")
+                         f"| {side['tokens_per_second']:,.1f} | {side['first_seconds'] * 1000:.1f} |")
     return "\n".join(lines)
 
 
