@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test twins scripts notebooks run-notebooks export docs clean
+.PHONY: setup demo test scripts notebooks run-notebooks export docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,9 +18,6 @@ test: .venv/ready  ## every notebook in a fresh kernel, then all tests
 	$(BIN)/python .ci/notebooks.py test
 	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)"  # the site's pages, without Quarto
 	$(BIN)/python -m pytest
-
-twins: .venv/ready  ## fine-tune and measure the twins of chapter 15 (after demo and the README's poetry commands)
-	$(BIN)/python .ci/twins.py toy poetry
 
 scripts: .venv/ready  ## notebooks -> scripts/*.py, for editing
 	$(BIN)/python .ci/notebooks.py scripts

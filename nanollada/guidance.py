@@ -7,47 +7,30 @@ __all__ = ['infill', 'answer_lengths', 'trim_answers', 'RestrictedDenoiser']
 
 # %% ../nbs/11_guidance.ipynb #imports
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from .backbone import Denoiser, as_denoiser
 from .core import UserError
-from .masking import logits_at
-from .sampler import GuidedDenoiser, SampleRules, StepInfo, fill
+from .sampler import GuidedDenoiser, finish, opened, write
 
 # %% ../nbs/11_guidance.ipynb #infill
 def infill(
-    denoiser: Callable[..., Tensor],  # ids -> logits (B, L, V); gets attention_mask only for padded rows
-    canvas: Tensor,  # ids (B, L), the mask id where text is wanted
-    mask_id: int,  # id of the mask token
-    steps: int | None = None,  # steps in total; None: one for each mask of the fullest row
-    block_length: int | None = None,  # masks filled together, left to right; None: all at once
-    temperature: float = 0.0,  # 0 takes the likeliest token
-    cfg_scale: float = 0.0,  # strength of guidance by the given text, 0 or more
+    denoiser: Denoiser | Callable[..., Tensor],  # or any callable ids (B, L) -> logits (B, L, V)
+    canvas: Tensor,  # ids (B, L), the mask id where text is wanted; a mask that is padding stays as it is
+    mask_id: int | None = None,  # id of the mask token, if the denoiser does not know it
+    *,
     cfg_keep: Tensor | None = None,  # bool (B, L), given text that the unguided rows see as well
-    remasking: str = "low_confidence",  # which proposals are kept: see `SampleRules`
-    attention_mask: Tensor | None = None,  # (B, L), 0 at padding, on whichever side the denoiser likes it
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,  # random stream, or one per row
-    on_step: Callable[[StepInfo], None] | None = None,  # called after each forward pass
-    suppress_tokens: Sequence[int] = (),  # ids never to predict
-    suppress_confidence: Sequence[int] = (),  # ids to commit last
-    subs: bool = True,  # never predict the mask token
-    stats: dict | None = None,  # filled with nfe, tokens and tokens_per_forward
+    **settings: object,  # attention_mask, generator, policy and its changes, for `write`
 ) -> Tensor:  # ids (B, L), without masks
     "Fill every mask of a canvas, wherever it stands; leave the rest. Raises `UserError` if there is none."
-    rules = SampleRules(steps, block_length, temperature, remasking, None, tuple(suppress_tokens),
-                        tuple(suppress_confidence), subs)
-    where = canvas == mask_id
-    if attention_mask is not None and attention_mask.shape != canvas.shape:
-        raise UserError(f"attention_mask is {tuple(attention_mask.shape)}; expected {tuple(canvas.shape)}")
-    if attention_mask is not None:
-        where = where & attention_mask.bool()  # a mask that is padding stays as it is
-        attention_mask = None if attention_mask.bool().all() else attention_mask
-    if cfg_scale:
-        drop = ~where if cfg_keep is None else ~where & ~cfg_keep
-        denoiser = GuidedDenoiser(denoiser, mask_id, drop, cfg_scale)
-    return fill(denoiser, canvas, where, mask_id, rules, attention_mask, generator, on_step, stats)
+    denoiser = as_denoiser(denoiser, mask_id)
+    if cfg_keep is not None:
+        drop = (canvas != denoiser.mask_id) & ~cfg_keep
+        denoiser = GuidedDenoiser(denoiser, drop, settings.pop("cfg_scale", 0.0))
+    return finish(write(denoiser, canvas, **settings))
 
 # %% ../nbs/11_guidance.ipynb #answer_lengths
 def answer_lengths(
@@ -56,37 +39,39 @@ def answer_lengths(
     prompt_length: int = 0,  # P: positions that do not count
 ) -> Tensor:  # int64 (B,), from 0 to n
     "How many tokens each answer has before its first EOS; all of them if there is none."
-    ended = (ids[:, prompt_length:] == eos_id).cumsum(1) > 0
-    return (~ended).sum(1)
+    return ((ids[:, prompt_length:] == eos_id).cumsum(1) == 0).sum(1)
 
 
-def trim_answers(
-    ids: Tensor,  # ids (B, P + n)
-    eos_id: int,  # id of the end token
-    prompt_length: int = 0,  # P: positions to leave out
-) -> list[list[int]]:  # the answers, without prompt, EOS and what follows
-    "The answers as plain lists of ids, ready for a tokenizer's `decode`."
+def trim_answers(ids: Tensor, eos_id: int, prompt_length: int = 0) -> list[list[int]]:
+    "The answers as lists of ids, without prompt, EOS and what follows."
     lengths = answer_lengths(ids, eos_id, prompt_length).tolist()
     return [row[:n] for row, n in zip(ids[:, prompt_length:].tolist(), lengths)]
 
 # %% ../nbs/11_guidance.ipynb #RestrictedDenoiser
-@dataclass
-class RestrictedDenoiser:
+class RestrictedDenoiser(Denoiser):
     "A denoiser that never predicts some tokens at some positions, such as EOS among the first words."
 
-    denoiser: Callable[..., Tensor]  # ids (B, L) -> logits (B, L, V)
-    tokens: Sequence[int]  # the ids it may not predict
-    positions: Tensor  # bool (B, L) or (1, L), True where it may not
+    def __init__(
+        self,
+        denoiser: Denoiser | Callable[..., Tensor],  # or any callable ids (B, L) -> logits (B, L, V)
+        tokens: Sequence[int],  # the ids it may not predict
+        positions: Tensor,  # bool (B, L) or (1, L), True where it may not
+        mask_id: int | None = None,  # id of the mask token, if the denoiser does not know it
+    ):
+        self.denoiser, self.tokens, self.positions = as_denoiser(denoiser, mask_id), [*tokens], positions
+        self.mask_id = self.denoiser.mask_id
 
-    def at(self, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        "Logits (N, V) at the True positions of `where`. Raises `UserError` if the canvas has another length."
+    def at(self, ids: Tensor, places: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if self.positions.shape[1] != ids.shape[1]:
             raise UserError(f"positions is {tuple(self.positions.shape)}, the canvas {tuple(ids.shape)}")
-        logits = logits_at(self.denoiser, ids, where, attention_mask)
-        here = self.positions.expand_as(ids)[where][:, None]  # (N, 1)
-        banned = torch.isin(torch.arange(logits.shape[-1]), torch.tensor(list(self.tokens)))
-        return logits.masked_fill(here & banned.to(logits.device), -torch.inf)
+        logits = self.denoiser.at(ids, places, attention_mask)
+        banned = torch.isin(torch.arange(logits.shape[-1]), torch.tensor(self.tokens)).to(logits.device)
+        here = self.positions.expand_as(ids).flatten()[places][:, None]  # (N, 1)
+        return logits.masked_fill(here & banned, -torch.inf)
 
-    def __call__(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        "Logits (B, L, V)."
-        return self.at(ids, torch.ones_like(ids, dtype=torch.bool), attention_mask).view(*ids.shape, -1)
+    def open(self, ids: Tensor, attention_mask: Tensor | None = None) -> "RestrictedDenoiser":
+        other = copy(self)
+        other.denoiser = opened(self.denoiser, ids, attention_mask)
+        if hasattr(other.denoiser, "focus"):
+            other.focus = other.denoiser.focus
+        return other

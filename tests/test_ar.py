@@ -1,4 +1,4 @@
-"The autoregressive model: exact scores, and a cache that changes nothing."
+"The autoregressive objective: exact scores, the same by every road."
 import math
 
 import pytest
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from nanollada.ar import ar_loss, ar_terms, decode, draw_token, filter_logits, scored_places, token_nll
-from nanollada.backbone import Backbone, BackboneConfig, save_model
+from nanollada.ar import Autoregressive, Objective, ar_loss, filter_logits, token_nll, with_places
+from nanollada.backbone import Backbone, BackboneConfig, save_run
 from nanollada.core import UserError
+from nanollada.tokenizer import train_tokenizer
 
 CFG = BackboneConfig(31, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, objective="ar",
                      max_position_embeddings=64)
@@ -28,8 +29,15 @@ def ids(B=4, L=20, seed=0):
     return torch.randint(0, 31, (B, L), generator=torch.Generator().manual_seed(seed))
 
 
+def ar_terms(model, x, scored=None, **more):
+    "Nats of each row, by the objective."
+    objective = Autoregressive()
+    rows = {"ids": x, "scored": torch.ones_like(x, dtype=torch.bool) if scored is None else scored, **more}
+    return objective.terms(model, with_places(objective.noise(rows)))[0]
+
+
 def test_loss_equals_that_of_transformers(model, tmp_path):
-    save_model(model, tmp_path)
+    save_run(model, train_tokenizer(["some text"], 260), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert ar_loss(model, ids()).item() == pytest.approx(theirs(ids(), labels=ids()).loss.item(), rel=1e-5)
 
@@ -68,38 +76,64 @@ def test_nothing_to_score(model):
         ar_loss(model, ids(), torch.zeros(4, 20, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("dials", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.6, "temperature": 0.7}])
-def test_cached_equals_uncached(model, dials):
-    texts = [decode(model, ids(3, 6), 30, use_cache=cached, generator=torch.Generator().manual_seed(2), **dials) for cached in (True, False)]
-    assert torch.equal(*texts)
+def rows_with_padding():
+    "Three rows of 20 columns, of which the last four hold nothing."
+    real = torch.arange(20)[None] < torch.tensor([[16], [9], [4]])
+    scored = real & (torch.arange(20)[None] >= torch.tensor([[4], [2], [1]]))
+    return {"ids": ids(3).masked_fill(~real, 0), "scored": scored, "real": real}
 
 
-def test_rows_of_a_padded_batch_equal_single_rows(model):
-    prompts = [ids(1, n, seed=n) for n in (3, 5, 8)]
-    batch = torch.cat([torch.nn.functional.pad(p, (8 - p.shape[1], 0)) for p in prompts])
-    real = torch.tensor([[0] * (8 - p.shape[1]) + [1] * p.shape[1] for p in prompts])
-    together = decode(model, batch, 20, temperature=0, attention_mask=real)
-    for row, prompt in zip(together, prompts, strict=True):
-        assert torch.equal(row[8 - prompt.shape[1] :], decode(model, prompt, 20, temperature=0)[0])
+def test_padding_changes_nothing_and_empty_columns_are_cut(model):
+    rows, objective = rows_with_padding(), Autoregressive()
+    batch = with_places(objective.noise(rows))
+    assert batch["ids"].shape == batch["mask"].shape == batch["real"].shape == (3, 16) and batch["weight"].shape == (3, 1)
+    assert batch["places"].tolist() == batch["mask"].flatten().nonzero()[:, 0].tolist()
+    nats, count = objective.terms(model, batch)
+    assert count.tolist() == [12.0, 7.0, 3.0]
+    for i, length in enumerate((16, 9, 4)):
+        alone = ar_terms(model, rows["ids"][i : i + 1, :length], rows["scored"][i : i + 1, :length])
+        torch.testing.assert_close(nats[i], alone[0], rtol=1e-4, atol=1e-4)
+    full = with_places(objective.noise(rows | {"real": torch.ones(3, 20, dtype=torch.bool)}))
+    assert "real" not in full and full["ids"].shape == (3, 20)
 
 
-def test_rows_end_at_eos_and_stay_ended(model):
-    free = decode(model, ids(4, 3), 30, temperature=0)
-    eos = free[0, 8].item()
-    ended = decode(model, ids(4, 3), 30, temperature=0, eos_id=eos)
-    for row, long in zip(ended, free, strict=True):
-        hits = (long[3:] == eos).nonzero()
-        cut = 3 + hits[0, 0].item() + 1 if len(hits) else len(row)
-        assert torch.equal(row[:cut], long[:cut]) and (row[cut:] == eos).all()
+def test_each_row_counts_the_same_in_fine_tuning(model):
+    "LLaDA divides a row's nats by the length of its answer."
+    rows = rows_with_padding()
+    nats, tokens = Autoregressive().terms(model, with_places(Autoregressive().noise(rows)))
+    shares, count = Autoregressive(per="row").terms(model, with_places(Autoregressive(per="row").noise(rows)))
+    assert count.tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(shares, nats / tokens)
+    torch.testing.assert_close(Autoregressive(per="row").loss(model, rows), (nats / tokens).mean())
 
 
-def test_draws_follow_the_distribution():
-    logits, n = torch.randn(1, 6, generator=torch.Generator().manual_seed(3)), 20_000
-    for dials in ({"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}):
-        draws = draw_token(logits.expand(n, 6), generator=torch.Generator().manual_seed(4), **dials)
-        p = filter_logits(logits, **dials).softmax(-1)[0]
-        share = draws.bincount(minlength=6) / n
-        assert ((share - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt()).all()
+def test_a_row_without_an_answer_counts_nothing(model):
+    rows = rows_with_padding()
+    rows["scored"][1] = False
+    for per in ("token", "row"):
+        nats, count = Autoregressive(per).terms(model, with_places(Autoregressive(per).noise(rows)))
+        assert nats[1] == 0 and count[1] == 0 and nats.isfinite().all()
+
+
+def test_the_loss_of_the_chapter_is_the_loss_that_trains(model):
+    scored, documents = torch.rand(4, 20, generator=torch.Generator().manual_seed(1)) < 0.5, torch.arange(20).expand(4, -1) // 7
+    rows = {"ids": ids(), "scored": scored, "document_ids": documents}
+    objective = Autoregressive()
+    nats, count = objective.terms(model, with_places(objective.noise(rows)))
+    assert torch.equal(ar_loss(model, ids(), scored, documents), nats.sum() / count.sum())
+    assert not torch.isclose(ar_loss(model, ids(), scored), nats.sum() / count.sum())
+    assert objective.denoiser(model) is None and isinstance(objective, Objective)
+
+
+def test_terms_run_forward_and_backward_without_values():
+    "design.md: on the meta device anything that waits for a value raises."
+    objective = Autoregressive()
+    batch = {name: value.to("meta") for name, value in with_places(objective.noise(rows_with_padding())).items()}
+    with torch.device("meta"):
+        shape = Backbone(CFG)
+    nats, count = objective.terms(shape, batch)
+    (nats.sum() / count.sum()).backward()
+    assert nats.shape == count.shape == (3,) and shape.lm_head.weight.grad.device.type == "meta"
 
 
 def test_filters_keep_what_they_promise():
@@ -109,18 +143,14 @@ def test_filters_keep_what_they_promise():
     assert [int((filter_logits(logits, top_k=k) > -math.inf).sum()) for k in (1, 2, 4, 9)] == [1, 2, 4, 4]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"max_new_tokens": 60}, "context of 64"), ({"temperature": -1.0}, "temperature -1"),
-    ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5"),
-])
-def test_bad_settings(model, wrong, message):
-    with pytest.raises(UserError, match=message):
-        decode(model, ids(1, 6), **{"max_new_tokens": 5} | wrong)
-
-
-def test_empty_prompt(model):
-    with pytest.raises(UserError, match="at least one token"):
-        decode(model, torch.zeros(1, 0, dtype=torch.long), 5)
+@pytest.mark.parametrize("dials", [{"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.5}])
+def test_filtered_logits_keep_the_proportions_of_what_stays(dials):
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(3))
+    kept = filter_logits(logits, **dials)
+    stays = kept > -math.inf
+    sharp = (logits / dials.get("temperature", 1.0)).softmax(-1) * stays
+    torch.testing.assert_close(kept.softmax(-1), sharp / sharp.sum(-1, keepdim=True))
+    assert stays.any(-1).all() and stays.gather(1, logits.argmax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -149,11 +179,3 @@ def test_token_nll_of_forbidden_tokens_and_of_nothing():
     empty = torch.zeros(0, 3, requires_grad=True)
     loss = token_nll(empty, torch.zeros(0, dtype=torch.long))
     assert loss.shape == (0,) and torch.autograd.grad(loss.sum(), empty)[0].shape == (0, 3)
-
-
-def test_places_known_beforehand_change_nothing(model):
-    scored = torch.rand(4, 20, generator=torch.Generator().manual_seed(1)) < 0.5
-    scored[:, 0] = True  # never counts
-    places = scored_places(scored)
-    assert places.tolist() == [20 * b + i for b in range(4) for i in range(1, 20) if scored[b, i]]
-    assert torch.equal(ar_terms(model, ids(), scored, places=places), ar_terms(model, ids(), scored))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hash_oracle import EOS_ID, MASK_ID, hash_oracle
 
+from nanollada.backbone import as_denoiser
 from nanollada.core import UserError
 from nanollada.guidance import RestrictedDenoiser, answer_lengths, infill, trim_answers
-from nanollada.sampler import GuidedDenoiser, exact_sample_distribution, generate
+from nanollada.sampler import GuidedDenoiser, generate, write
+from oracles import exact_sample_distribution
 
 
 def seeded(seed):
@@ -65,7 +67,7 @@ def test_guided_draws_follow_the_formula():
     wanted = wanted / wanted.sum()
     keep = torch.tensor([[False, True, False, False]])
     drop = (canvas != MASK_ID) & ~keep
-    exact = exact_sample_distribution(GuidedDenoiser(hash_oracle, MASK_ID, drop, w), canvas[0], MASK_ID, 1)
+    exact = exact_sample_distribution(GuidedDenoiser(as_denoiser(hash_oracle, MASK_ID), drop, w), canvas[0], MASK_ID, 1)
     torch.testing.assert_close(exact[:MASK_ID], wanted)
     n = 3000
     ids = infill(
@@ -85,7 +87,7 @@ def test_guidance_keeps_the_forbidden_forbidden():
     def hard(ids):
         return hash_oracle(ids).index_fill(-1, torch.tensor([MASK_ID, 3]), -math.inf)
 
-    logits = GuidedDenoiser(hard, MASK_ID, torch.tensor([[True, False, False]]), 2.0)(
+    logits = GuidedDenoiser(as_denoiser(hard, MASK_ID), torch.tensor([[True, False, False]]), 2.0)(
         torch.tensor([[4, 5, MASK_ID]])
     )
     assert not logits.isnan().any() and (logits[..., 3] == -math.inf).all()
@@ -95,24 +97,13 @@ def test_guidance_keeps_the_forbidden_forbidden():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
 def test_suppressed_confidence_comes_last(temperature, remasking):
-    late, steps = tuple(range(24)), []
-    generate(
-        hash_oracle,
-        torch.tensor([[30, 31]]),
-        MASK_ID,
-        12,
-        12,
-        temperature=temperature,
-        remasking=remasking,
-        suppress_confidence=late,
-        on_step=steps.append,
-        generator=seeded(0),
-    )
-    for info in steps:  # a late token is committed only where nothing else was on offer
-        offered = info.predicted[info.confidence.isfinite()]
-        taken = info.ids[info.committed]
-        assert (taken >= 24).all() or (offered < 24).all()
-    assert any((info.predicted[info.confidence.isfinite()] < 24).any() for info in steps)
+    late, canvas = tuple(range(24)), torch.tensor([[30, 31] + [MASK_ID] * 12])
+    settings = dict(temperature=temperature, remasking=remasking, suppress_confidence=late)
+    steps = list(write(hash_oracle, canvas, mask_id=MASK_ID, generator=seeded(0), **settings))
+    for step in steps:  # a late token is committed only where nothing else was on offer
+        offered = step.proposed[step.confidence.isfinite()]
+        assert (step.ids[step.committed] >= 24).all() or (offered < 24).all()
+    assert any((step.proposed[step.confidence.isfinite()] < 24).any() for step in steps)
 
 
 def test_suppressed_tokens_never_come():
@@ -121,7 +112,6 @@ def test_suppressed_tokens_never_come():
         hash_oracle,
         torch.tensor([[30, 31]]),
         MASK_ID,
-        12,
         12,
         temperature=1.0,
         suppress_tokens=late,
@@ -142,19 +132,19 @@ def test_answers_end_at_the_first_eos(seed):
 
 def test_restricted_positions():
     ids, positions = holes(3, (2, 6))[0], torch.tensor([[1, 1, 0, 0, 1, 0]]).bool()
-    restricted = RestrictedDenoiser(hash_oracle, (EOS_ID, 4), positions)
+    restricted = RestrictedDenoiser(hash_oracle, (EOS_ID, 4), positions, MASK_ID)
     logits, free = restricted(ids), hash_oracle(ids)
     banned = torch.zeros_like(free, dtype=torch.bool)
     banned[..., [EOS_ID, 4]] = positions[0][:, None]
     assert (logits[banned] == -math.inf).all() and torch.equal(logits[~banned], free[~banned])
-    where = ids == MASK_ID
-    assert torch.equal(restricted.at(ids, where), logits[where])
+    places = (ids == MASK_ID).flatten().nonzero()[:, 0]
+    assert torch.equal(restricted.at(ids, places), logits.flatten(0, 1)[places])
 
 
 def test_denoisers_stack():
     canvas = torch.tensor([[5, 9] + [MASK_ID] * 6])
     early = torch.arange(8)[None] < 6
-    ids = infill(RestrictedDenoiser(hash_oracle, range(1, 40), early), canvas, MASK_ID, cfg_scale=1.0)
+    ids = infill(RestrictedDenoiser(hash_oracle, range(1, 40), early, MASK_ID), canvas, cfg_scale=1.0)
     assert all(i == 0 or i >= 40 for i in ids[0, 2:6].tolist())
 
 
@@ -177,4 +167,4 @@ def test_errors_say_what_is_wrong(wrong, message):
 
 def test_restricted_length_must_fit():
     with pytest.raises(UserError, match="positions is"):
-        RestrictedDenoiser(hash_oracle, (1,), torch.ones(1, 3, dtype=torch.bool))(torch.tensor([[1, 2]]))
+        RestrictedDenoiser(hash_oracle, (1,), torch.ones(1, 3, dtype=torch.bool), MASK_ID)(torch.tensor([[1, 2]]))

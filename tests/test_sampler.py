@@ -9,22 +9,11 @@ import pytest
 import torch
 from hash_oracle import EOS_ID, MASK_ID, hash_oracle
 
+from nanollada.backbone import Denoiser, as_denoiser
 from nanollada.core import UserError
-from nanollada.sampler import (
-    CONFIDENCE_RULES,
-    RANDOM_RULES,
-    GuidedDenoiser,
-    SampleRules,
-    block_numbers,
-    choose_tokens,
-    confidence,
-    exact_sample_distribution,
-    fill,
-    generate,
-    left_pad,
-    most_confident,
-    num_transfer_tokens,
-)
+from nanollada.sampler import (CONFIDENCE_RULES, RANDOM_RULES, GuidedDenoiser, Policy, blocks_of, by_threshold, choose_tokens, confidence,
+                               left_pad, most_confident, num_transfer_tokens, prompt_canvas, write)
+from oracles import exact_sample_distribution
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "official_generate.json").read_text())
 RULES = CONFIDENCE_RULES + RANDOM_RULES
@@ -32,6 +21,21 @@ RULES = CONFIDENCE_RULES + RANDOM_RULES
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def fill(denoiser, canvas, where, mask_id, policy=None, on_step=None, **more):
+    "Write to the end, and show each step to `on_step`."
+    for step in write(denoiser, canvas, policy, mask_id=mask_id, maskable=where, **more):
+        if on_step is not None:
+            on_step(step)
+    return step.ids
+
+
+def generate(denoiser, prompt, mask_id, gen_length, steps=None, block_length=None, attention_mask=None, **more):
+    "As `sampler.generate`, with steps to watch."
+    made = prompt_canvas(prompt, mask_id, gen_length, attention_mask)
+    return fill(denoiser, made["canvas"], made["maskable"], mask_id, attention_mask=made["attention_mask"], steps=steps,
+                block_length=block_length, **more)
 
 
 class Counted:
@@ -77,7 +81,7 @@ def draw(table, n, seed, **options):
         canvas,
         canvas == table.width - 1,
         table.width - 1,
-        SampleRules(**options),
+        Policy(**options),
         generator=seeded(seed),
     )
 
@@ -242,7 +246,8 @@ def test_most_confident_by_sorting(seed):
 
 def test_blocks_count_the_wanted_positions():
     where = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0]]).bool()
-    assert block_numbers(where, 2).tolist() == [[-1, 0, 0, -1, 1, 1, 2], [0, -1, -1, -1, -1, -1, -1]]
+    found = [(lo, hi, inside.nonzero().tolist()) for lo, hi, inside in blocks_of(where, 2)]
+    assert found == [(0, 3, [[0, 1], [0, 2], [1, 0]]), (4, 6, [[0, 0], [0, 1]]), (6, 7, [[0, 0]])]
 
 
 # What is drawn
@@ -341,27 +346,26 @@ def test_fills_everything_and_nothing_else(rule, options):
     needed = -(-int(where.sum(1).max()) // options.get("block_length", 14))
     if "block_length" in options:
         options = options | {"steps": 2 * needed}
-    stats, seen = {}, []
-    ids = fill(
-        hash_oracle,
-        canvas,
-        where,
-        MASK_ID,
-        SampleRules(remasking=rule, **options),
-        generator=g,
-        on_step=seen.append,
-        stats=stats,
-    )
+    seen = []
+    policy = Policy(remasking=rule, **options)
+    ids = fill(hash_oracle, canvas, where, MASK_ID, policy, seen.append, generator=g)
     assert torch.equal(ids[~where], canvas[~where]) and (ids != MASK_ID).all()
-    assert torch.equal(sum(info.committed.int() for info in seen), where.int())  # each position once
-    assert [info.nfe for info in seen] == list(range(1, stats["nfe"] + 1)) and torch.equal(seen[-1].ids, ids)
-    assert stats["tokens_per_forward"] == int(where.sum()) / stats["nfe"]
-    assert [info.step for info in seen] == sorted({info.step for info in seen})
-    assert [info.block for info in seen] == sorted(info.block for info in seen)
-    for info in seen:
-        assert info.confidence[info.committed].isfinite().all() and torch.equal(
-            info.ids[info.committed], info.predicted[info.committed]
-        )
+    assert torch.equal(sum(step.committed.int() for step in seen), where.int())  # each position once
+    assert [step.nfe for step in seen] == list(range(1, len(seen) + 1)) and torch.equal(seen[-1].ids, ids)
+    assert [step.block for step in seen] == sorted(step.block for step in seen)
+    for step in seen:
+        assert torch.equal(step.ids[step.committed], step.proposed[step.committed])
+        assert step.confidence[step.committed].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", CONFIDENCE_RULES)
+def test_a_step_tells_probabilities(rule):
+    for step in write(hash_oracle, torch.full((2, 9), MASK_ID), mask_id=MASK_ID, block_length=4, remasking=rule):
+        seen = step.ids.masked_fill(step.committed | step.after, MASK_ID)  # the canvas before the pass
+        p = hash_oracle(seen)[..., :MASK_ID].softmax(-1)
+        here = step.confidence.isfinite()
+        wanted = p.gather(-1, step.proposed[..., None].clamp(max=MASK_ID - 1))[..., 0]
+        assert here.any() and torch.allclose(step.confidence[here], wanted[here], atol=1e-12)
 
 
 def test_blocks_go_left_to_right():
@@ -397,7 +401,7 @@ def test_rows_are_independent(rule, temperature, cfg_scale):
 def test_rows_with_fewer_masks_are_independent_too():
     canvas = torch.full((2, 10), MASK_ID)
     canvas[0, :7] = torch.arange(7)  # three masks; with ten steps seven of them are not for this row
-    rules = SampleRules(steps=10, temperature=1.0)
+    rules = Policy(steps=10, temperature=1.0)
     together = fill(hash_oracle, canvas, canvas == MASK_ID, MASK_ID, rules, generator=[seeded(0), seeded(1)])
     alone = fill(hash_oracle, canvas[:1], canvas[:1] == MASK_ID, MASK_ID, rules, generator=[seeded(0)])
     assert together[0].tolist() == alone[0].tolist()
@@ -440,7 +444,7 @@ def test_early_stop_changes_nothing_before_eos(rule, block_length):
     heat, saved = 0.0 if rule in ("ancestral", "low_confidence") else 0.8, 0
     for seed in range(6):
         prompt = torch.randint(2, MASK_ID, (3, 4), generator=seeded(seed))
-        full, early = {}, {}
+        full, early = [], []
         options = {
             "gen_length": 16,
             "steps": 16,
@@ -449,13 +453,13 @@ def test_early_stop_changes_nothing_before_eos(rule, block_length):
             "remasking": rule,
         }
         streams = ([seeded(10 * seed + i) for i in range(3)] for _ in range(2))
-        a = generate(likes_eos, prompt, MASK_ID, generator=next(streams), stats=full, **options)
+        a = generate(likes_eos, prompt, MASK_ID, generator=next(streams), on_step=full.append, **options)
         b = generate(
-            likes_eos, prompt, MASK_ID, generator=next(streams), stats=early, eos_id=EOS_ID, **options
+            likes_eos, prompt, MASK_ID, generator=next(streams), on_step=early.append, eos_id=EOS_ID, **options
         )
         assert torch.equal(b, tail_to_eos(a, 4))
-        saved += full["nfe"] - early["nfe"]
-        assert early["nfe"] <= full["nfe"]
+        saved += len(full) - len(early)
+        assert len(early) <= len(full)
     assert saved > 0 or block_length is None  # without blocks the beginning may come last
 
 
@@ -466,12 +470,12 @@ def test_ancestral_skips_empty_steps():
 
 
 def test_only_open_positions_are_asked_for():
-    class Sparse:
-        asked = 0
+    class Sparse(Denoiser):
+        asked, mask_id = 0, MASK_ID
 
-        def at(self, ids, where):
-            Sparse.asked += int(where.sum())
-            return hash_oracle(ids)[where]
+        def at(self, ids, places, attention_mask=None):
+            Sparse.asked += len(places)
+            return hash_oracle(ids).flatten(0, 1)[places]
 
     ids = generate(Sparse(), torch.tensor([[41, 10, 26, 44, 19]]), MASK_ID, 16, 8, 8)
     assert ids.tolist() == GOLDEN["generate"][1]["output_ids"]
@@ -506,7 +510,7 @@ def test_padding_may_be_anything():
 def test_the_input_is_left_alone():
     prompt, canvas = torch.tensor([[4, 5]]), torch.full((1, 4), MASK_ID)
     generate(hash_oracle, prompt, MASK_ID, 4, 4)
-    fill(hash_oracle, canvas, canvas == MASK_ID, MASK_ID, SampleRules())
+    fill(hash_oracle, canvas, canvas == MASK_ID, MASK_ID, Policy())
     assert prompt.tolist() == [[4, 5]] and (canvas == MASK_ID).all()
 
 
@@ -523,16 +527,52 @@ def test_half_precision_logits():
     assert (ids != MASK_ID).all()
 
 
+def test_steps_beyond_the_masks_cost_nothing():
+    "attack: `--steps 10^30`"
+    for rule in RULES:
+        denoiser = Counted(hash_oracle)
+        ids = generate(denoiser, torch.tensor([[4, 5]]), MASK_ID, 6, 10**30, remasking=rule, generator=seeded(0))
+        assert denoiser.calls <= 6 and (ids != MASK_ID).all()
+
+
+BAD_LOGITS = {
+    "all NaN": lambda ids: hash_oracle(ids) * math.nan,
+    "one NaN": lambda ids: hash_oracle(ids).index_fill(-1, torch.tensor([3]), math.nan),
+    "one place": lambda ids: hash_oracle(ids).index_fill(1, torch.tensor([5]), math.nan),
+    "infinite": lambda ids: hash_oracle(ids).index_fill(-1, torch.tensor([3]), math.inf),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOGITS)
+@pytest.mark.parametrize("options", [
+    {}, dict(steps=2), dict(block_length=4), dict(block_length=1), dict(eos_id=EOS_ID), dict(patience=1), dict(temperature=1.0),
+    *(dict(remasking=rule) for rule in RULES[1:]), dict(commit=by_threshold), dict(commit=by_threshold, patience=1),
+    dict(commit=by_threshold, eos_id=EOS_ID, temperature=1.0), dict(suppress_confidence=(1, 3)),
+])  # fmt: skip
+def test_nan_logits_end_in_an_error(name, options):
+    "attack C: no mode of writing may loop for ever, or write something, on logits that are NaN"
+    denoiser = Counted(BAD_LOGITS[name])
+    with pytest.raises(UserError, match="NaN"):
+        generate(denoiser, torch.tensor([[4, 5]]), MASK_ID, 8, generator=seeded(0), **({} | options))
+    assert denoiser.calls <= 8
+
+
+def test_a_function_that_commits_nothing_is_an_error():
+    with pytest.raises(UserError, match="chose nothing"):
+        generate(hash_oracle, torch.tensor([[4, 5]]), MASK_ID, 8, commit=lambda score, policy: score > 2)
+
+
 # Guided denoisers
 
 
 def test_guidance_formula_and_shapes():
-    ids = torch.randint(0, MASK_ID, (3, 6), generator=seeded(0))
-    drop, where = torch.arange(6)[None] < 2, torch.rand(3, 6, generator=seeded(1)) < 0.5
+    "code.md 3: int64 places of a guided denoiser are guided too"
+    ids, places = torch.randint(0, MASK_ID, (3, 6), generator=seeded(0)), torch.tensor([0, 4, 7, 17])
+    drop = torch.arange(6)[None] < 2
     c, u = hash_oracle(ids), hash_oracle(ids.masked_fill(drop, MASK_ID))
-    guided = GuidedDenoiser(hash_oracle, MASK_ID, drop, 1.5)
+    guided = GuidedDenoiser(as_denoiser(hash_oracle, MASK_ID), drop, 1.5)
     torch.testing.assert_close(guided(ids), u + 2.5 * (c - u))
-    torch.testing.assert_close(guided.at(ids, where), guided(ids)[where])
+    torch.testing.assert_close(guided.at(ids, places), guided(ids).flatten(0, 1)[places])
 
 
 # Bad input
@@ -551,16 +591,22 @@ GOOD = {
     ({"steps": 0}, "steps is 0"),
     ({"steps": 2.5}, "whole number"),
     ({"steps": 3, "block_length": 4}, "3 steps do not divide among 2 blocks"),
-    ({"block_length": 3}, "gen_length 8 is not a multiple of block_length 3"),
     ({"block_length": 0}, "block_length is 0"),
     ({"gen_length": 0}, "gen_length is 0"),
     ({"temperature": -0.1}, "temperature is -0.1"),
     ({"temperature": math.nan}, "temperature is nan"),
     ({"temperature": math.inf}, "temperature is inf"),
+    ({"temperature": 1e-300}, "temperature is 1e-300"),
+    ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_k": 0}, "top_k is 0"),
+    ({"patience": 0}, "patience is 0"),
+    ({"commit": "best"}, "commit is best"),
+    ({"limit": math.nan}, "limit is nan"),
+    ({"remasking": "random", "commit": by_threshold}, "confidence"),
     ({"cfg_scale": -1.0}, "cfg_scale is -1.0"),
     ({"cfg_scale": math.nan}, "cfg_scale is nan"),
-    ({"remasking": "best"}, "remasking is 'best'"),
-    ({"remasking": "ancestral", "temperature": 0.5}, "temperature 1"),
+    ({"remasking": "best"}, "remasking is best"),
+    ({"remasking": "ancestral", "temperature": 0.5}, "expected 1 for ancestral"),
     ({"remasking": "random", "suppress_confidence": (1,)}, "suppress_confidence"),
     ({"prompt": torch.tensor([4, 5])}, "expected int64 ids"),
     ({"prompt": torch.tensor([[4.0]])}, "expected int64 ids"),
@@ -578,29 +624,16 @@ def test_errors_say_what_is_wrong(wrong, message):
 
 
 def test_canvas_errors():
-    canvas, rules = torch.tensor([[1, 2, MASK_ID]]), SampleRules()
-    where = canvas == MASK_ID
+    canvas = torch.tensor([[1, 2, MASK_ID]])
     for wrong, message in [
-        ({"where": torch.zeros_like(where)}, "no masks"),
-        ({"where": where.int()}, "expected bool"),
+        ({"maskable": torch.zeros_like(canvas, dtype=torch.bool)}, "no masks"),
+        ({"canvas": torch.tensor([[1, 2]])}, "no masks"),
         ({"canvas": canvas.float()}, "expected int64"),
-        ({"attention_mask": torch.ones(1, 2)}, "attention_mask is"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padding cannot be filled"),
+        ({"attention_mask": torch.tensor([[1, 1]])}, "attention_mask is"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "no masks"),
+        ({"mask_id": None}, "mask"),
     ]:
         with pytest.raises(UserError, match=message):
-            fill(
-                **(
-                    {
-                        "denoiser": hash_oracle,
-                        "canvas": canvas,
-                        "where": where,
-                        "mask_id": MASK_ID,
-                        "rules": rules,
-                    }
-                    | wrong
-                )
-            )
+            write(**({"denoiser": hash_oracle, "canvas": canvas, "mask_id": MASK_ID} | wrong))
     with pytest.raises(UserError, match="steps is 0"):
         num_transfer_tokens([3], 0)
-    with pytest.raises(UserError, match="no masks"):
-        exact_sample_distribution(hash_oracle, torch.tensor([1, 2]), MASK_ID, 1)

@@ -2,22 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanollada import tokenizer as module
 from nanollada.core import UserError
 from nanollada.tokenizer import (
-    SPECIAL_TOKENS,
-    encode,
-    encode_batch,
-    hub_is_reachable,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
+    SPECIAL_TOKENS, encode, encode_batch, load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer,
 )
 
 SHARED = Path(os.environ.get("NANOLLADA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -92,30 +88,82 @@ def test_vocabulary_stops_when_pairs_run_out():
 @pytest.mark.parametrize(
     "texts, size, words",
     [
-        ([], 300, "empty"),
-        (iter(()), 300, "empty"),
-        ([1], 300, "int"),
-        ("abc", 300, "one string"),
+        ([], 300, "at least one text"),
+        (iter(()), 300, "at least one text"),
+        ([1], 300, "at least one text"),
+        (["a", None], 300, "at least one text"),
+        (["a", "\ud800"], 300, "no half surrogate pair"),
         (["a"], 259, "259"),
         (["a"], 0, "260"),
+        (["a"], 10**12, "to 1048576"),
+        (["a"], 10**30, "to 1048576"),
     ],
 )
 def test_training_errors(texts, size, words):
+    "attack.md: half a surrogate pair; a vocabulary of 10^12 (which aborted the process) or 10^30 (OverflowError)."
     with pytest.raises(UserError, match=words):
         train_tokenizer(texts, size)
+
+
+def test_one_string_is_one_document(ours):
+    assert tokenizer_fingerprint(train_tokenizer("ab ab", 300)) == tokenizer_fingerprint(train_tokenizer(["ab ab"], 300))
+
+
+def test_an_error_of_the_documents_is_not_hidden():
+    def broken():
+        yield "abc"
+        raise UserError("line 7: not JSON")
+    with pytest.raises(UserError, match="line 7"):
+        train_tokenizer(broken(), 300)
 
 
 # Saving and opening
 
 
 def test_saved_copy_is_equal(ours, tmp_path):
-    ours.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')  # as in a run folder
-    copy = load_tokenizer(tmp_path)
+    save_tokenizer(ours, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')  # as in a run folder
+    copy = load_tokenizer(tmp_path / "run")
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(ours)
     assert copy.special_tokens_map == ours.special_tokens_map and copy.chat_template == ours.chat_template
     assert encode_batch(copy, ODD) == encode_batch(ours, ODD)
     assert copy.decode(encode(copy, "a , b")) == "a , b"
+    save_tokenizer(copy, tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_transformers_adds_bos_knows_the_ends_and_our_encode_adds_nothing(ours, tmp_path):
+    "user.md D: the package's own prompts begin with bos, and so must those of somebody who opens the folder."
+    save_tokenizer(ours, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = encode(ours, "the cat 猫")
+    assert theirs("the cat 猫")["input_ids"] == [ours.bos_token_id, *expected]
+    assert encode(theirs, "the cat 猫") == encode(load_tokenizer(tmp_path), "the cat 猫") == expected
+    names = [f"{name}_id" for name in SPECIAL_TOKENS]
+    assert [getattr(theirs, name) for name in names] == [getattr(ours, name) for name in names] == [0, 1, 2, 3]
+    talk = [{"role": "user", "content": "hi"}]
+    text = ours.apply_chat_template(talk, tokenize=False)
+    ids = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert ids == encode(ours, text, allow_special=True) and ids.count(ours.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_adds_its_own_ends_keeps_its_way(ours, tmp_path):
+    save_tokenizer(ours, tmp_path)
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    eos = (ours.eos_token, ours.eos_token_id)
+    raw.post_processor = processors.TemplateProcessing(["$A", eos[0]], None, [eos])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    save_tokenizer(load_tokenizer(tmp_path), tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy")("a")["input_ids"] == [*encode(ours, "a"), ours.eos_token_id]
+
+
+def test_saving_into_a_file_is_an_error_and_not_silence(ours, tmp_path):
+    "attack.md E: `--out EXISTING_FILE` exited with 0 and wrote nothing."
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError):
+        save_tokenizer(ours, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_fingerprint_ignores_padding_state_but_not_the_mask(ours, tmp_path):
@@ -168,7 +216,7 @@ def test_mask_must_not_be_a_word_or_an_end(tmp_path):
     "vocab, special, name", [({"a": 0, "b": 4, "c": 5}, ("</s>",), "mask"), ({"a": 0, "b": 2}, (), "eos")]
 )
 def test_a_vocabulary_with_holes_is_refused(tmp_path, vocab, special, name):
-    with pytest.raises(UserError, match=f"new {name}_token got id .* already in use"):
+    with pytest.raises(UserError, match=f"new {name}_token .* already in use"):
         load_tokenizer(save_raw(tmp_path, vocab, special))
 
 
@@ -200,10 +248,10 @@ def test_encode_batch_ignores_state_left_by_other_calls(ours):
 
 
 @pytest.mark.parametrize(
-    "text, words", [(None, "NoneType"), (["a"], "list"), ("half \ud83d emoji", "surrogate")]
+    "text", [None, ["a"], 3, "half \ud83d emoji"]
 )
-def test_encode_errors(ours, text, words):
-    with pytest.raises(UserError, match=words):
+def test_encode_errors(ours, text):
+    with pytest.raises(UserError, match="not a string, or holds half a surrogate pair"):
         encode(ours, text)
 
 
@@ -221,54 +269,46 @@ def test_chat_template(ours):
 
 
 def test_missing_folder_and_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="not here"):
         load_tokenizer(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
         load_tokenizer(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
         load_tokenizer(tmp_path / "file")
 
 
+@pytest.mark.parametrize("content", [
+    "{oops", "[]", "null", "[1, 2]", "[" * 10**5, '{"a":' * 10**5, '{"a":' * 500, "1" * 5000,
+])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_not_json(tmp_path, name):
+def test_a_strange_file_is_one_clear_line(tmp_path, name, content):
+    "attack.md: both files nested 10^5 deep (RecursionError)."
     save_raw(tmp_path, {"a": 0})
-    (tmp_path / name).write_text("{oops")
-    with pytest.raises(UserError, match=f"{name}: not JSON"):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="not JSON|holds a|not a tokenizer") as caught:
         load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("content", ["{}", "[1, 2]", '{"model": {"type": "Nonsense"}}'])
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "Nonsense"}}', '{"model": {"type": "BPE", "vocab": 3}}'])
 def test_json_but_no_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_hub_offline_is_one_quick_line(monkeypatch):
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
-    with pytest.raises(UserError, match="hub does not answer") as caught:
-        load_tokenizer("somebody/some-model-that-is-not-cached")
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_reachability_respects_offline_switch(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub_is_reachable() is False
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "getproxies", dict)
-    monkeypatch.setattr(
-        module.socket, "create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError("no route"))
-    )
-    assert hub_is_reachable() is False
-
-
-def test_hub_folder_is_opened(monkeypatch, tmp_path):
+def test_hub_folder_is_opened_and_only_files_of_tokenizers_are_asked_for(monkeypatch, tmp_path):
     save_raw(tmp_path, {"a": 0})
-    monkeypatch.setattr(module, "fetch_from_hub", lambda repo, files: tmp_path)
+    asked = []
+    monkeypatch.setattr(module, "fetch_from_hub", lambda repo, files: asked.append((repo, files)) or tmp_path)
     assert load_tokenizer("somebody/model").mask_token_id == 2
+    assert asked == [("somebody/model", ["*token*.json", "*.jinja"])]
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="no tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
         load_tokenizer("somebody/model")
+
+
+def test_importing_it_is_quick():
+    code = "import sys, nanollada.tokenizer; assert not {'transformers', 'tokenizers', 'huggingface_hub'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,11 @@
-"""The toy language: its grammar is unambiguous, its probabilities sum to one, its entropy is what it says."""
+"""The toy language: its grammar is unambiguous, its probabilities sum to one, its entropy is what it says.
 
+Numbers and digests that are pinned here are those of the first version: stories, questions and floors never change.
+"""
+
+import hashlib
 import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -10,10 +15,10 @@ import pytest
 
 from nanollada.core import UserError
 from nanollada.toy import (
-    RULES, Draw, Either, QA, check_prefix_free, draw_story, entropy, entropy_per_token, entropy_table, is_valid, log_prob,
-    mean_words, nats, pasts, qa_samples, questions, read_story, render, sample, surprises, toy_language, vocabulary,
-    word_list,
+    draw_story, entropy, entropy_table, is_valid, log_prob, nats, pasts, questions, read_story, render, sample, surprises,
+    toy_language, vocabulary, word_list,
 )
+
 
 LANGUAGES = ["en", "zh"]
 FACTS = ("toy fact", "tool fact", "friend fact")
@@ -50,6 +55,44 @@ def brute_force(lang) -> tuple[Counter, dict[str, float]]:
                 texts[text] += 1
                 probability[text] += p / 2**5  # whose friend, which thing, three ways of telling
     return texts, probability
+
+
+def digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, ensure_ascii=False).encode(), digest_size=8).hexdigest()
+
+
+@pytest.mark.parametrize("language, stories, asked, one_way, priced", [
+    ("en", "9c996472de06d069", "8371d4393c354b86", "0fb5ebdaf17a297f", "5325956497dc64be"),
+    ("zh", "a9d25247608e5314", "36b88c09f21b2caf", "7dfea88383dc1c42", "2739384a0a69faa1"),
+    (None, "34d4d367fa0bf256", "8f14991f9b3c63d4", "ffec1a756d9d4c62", "294176e7ef64db28"),
+])
+def test_the_same_seed_gives_the_stories_and_questions_it_always_gave(language, stories, asked, one_way, priced):
+    drawn = [sample(300, seed=seed, language=language) for seed in range(3)]
+    assert digest(drawn) == stories
+    assert digest([questions(text, language) for text in drawn[1]]) == asked
+    ways = ("forward", "backward")
+    assert digest([questions(text, language, way) for text in drawn[1] for way in ways]) == one_way
+    assert digest([surprises(text, language) for text in drawn[2]]) == priced
+
+
+def test_the_entropy_is_what_it_always_was():
+    assert entropy("en") == entropy("zh") == 36.439131158089886 and entropy() == 37.13227833864983
+    assert [digest(entropy_table(toy_language(name))) for name in LANGUAGES] == ["02a2e72245d6fab2", "1d768fcada92e5c4"]
+    assert [digest(sorted(vocabulary(name))) for name in ("en", "zh", None)] == [
+        "83190770dba42bae", "f24116bfeb68d5d2", "18b10f6d903dd1f2"]
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_no_option_begins_with_another(name):
+    "Reading never meets a fork: each slot is a prefix code, and so are the first words of the ways of telling a sentence."
+    lang = toy_language(name)
+    for ways in lang.parts.values():
+        slots = {part.slot for parts in ways.values() for part in parts if part.slot}
+        options = {slot: {story[slot] for story, _ in pasts(lang, [slot])} for slot in slots}
+        first = [word for parts in ways.values() for word in options.get(parts[0].slot, [parts[0].word])]
+        for words in (*map(sorted, options.values()), sorted(first)):
+            assert words and not any(b.startswith(a) for a, b in zip(words, words[1:]))
+        assert len({frozenset(part.slot for part in parts if part.new) for parts in ways.values()}) == 1
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -121,11 +164,7 @@ def test_size_of_the_language(name):
     assert len(vocabulary(name)) >= 150
     lengths = [len(surprises(text, name)) for text in sample(500, seed=1, language=name)]
     assert 30 <= min(lengths) and max(lengths) <= 80
-    deviation = math.sqrt(sum((n - mean_words(name)) ** 2 for n in lengths) / len(lengths))
-    assert abs(sum(lengths) / len(lengths) - mean_words(name)) <= 5 * deviation / math.sqrt(len(lengths)) + 1e-9
     assert 30 <= entropy(name) <= 40
-    assert entropy_per_token(language=name) == pytest.approx(entropy(name) / mean_words(name))
-    assert entropy_per_token(100, name) == pytest.approx(entropy(name) / 100)
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -184,7 +223,6 @@ def test_same_seed_same_stories():
     assert sample(20, seed=3)[:7] == sample(7, seed=3)
     assert sample(20, seed=3) != sample(20, seed=4)
     assert sample(0) == []
-    assert qa_samples(9, seed=1) == qa_samples(12, seed=1)[:9]
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -211,16 +249,6 @@ def test_questions_read_well():
         ("Who owns the rope?", "Tom"), ("Who is Ann's best friend?", "Bo"), ("Whose best friend is Bo?", "Ann")]
 
 
-def test_qa_samples_are_half_and_half_and_answerable():
-    n = 1000
-    drawn = qa_samples(n, seed=2)
-    assert abs(sum(qa.direction == "forward" for qa in drawn) - n / 2) < 5 * math.sqrt(n / 4)
-    for qa in drawn[:200]:
-        assert isinstance(qa, QA)
-        assert (qa.question, qa.answer) in questions(qa.story, direction=qa.direction)
-    assert {qa.direction for qa in qa_samples(20, direction="backward")} == {"backward"}
-
-
 def test_chain_rule_by_slot():
     lang = toy_language("en")
     table = entropy_table(lang)
@@ -242,18 +270,7 @@ def test_word_list_and_nats():
     (lambda: sample(2.5), "n is 2.5"),
     (lambda: sample(1, language="fr"), "language is 'fr'"),
     (lambda: log_prob("x", "fr"), "language is 'fr'"),
-    (lambda: entropy_per_token(0), "mean_tokens is 0"),
     (lambda: questions("Once upon a time"), "no story of the language"),
-    (lambda: qa_samples(1, direction="up"), "direction is 'up'"),
-    (lambda: check_prefix_free(["Ann", "Anna"], "name"), "'Anna' begins with 'Ann'"),
-    (lambda: tiny("en", name="Tom Theo"), "first words of 'toy fact'"),
-    (lambda: tiny("en", name="Tom"), "no word left"),
-    (lambda: tiny("en", home="den"), "the same length"),
-    (lambda: tiny("en", verb=""), "needs the word list 'verb'"),
-    (lambda: tiny("en", toy="kite kites"), "'kites' begins with 'kite'"),
-    (lambda: replace(tiny("en"), rules=RULES | {"hero": Draw("name", but_not="other")}), "comes after it"),
-    (lambda: replace(tiny("en"), rules=RULES | {"day": Either(("hero", "other"))}), "comes after it"),
-    (lambda: replace(tiny("en"), sentences={"a": {"x": "{hero} ran", "y": "all ran"}}), "fill different slots"),
 ])
 def test_errors_say_what_to_do(call, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,3 @@
+"`python -m nanollada` is the command `nanollada`."
+from nanollada.cli import main
+raise SystemExit(main())
