@@ -136,6 +136,8 @@ class KVCache:
         assert end <= self.store.shape[4], f"the cache holds {self.store.shape[4]} tokens, {end} are needed"
         self.store[layer, 0, :, :, self.length : end] = keys
         self.store[layer, 1, :, :, self.length : end] = values
+        if layer == len(self.store) - 1:
+            self.length = end
         return self.store[layer, :, :, :, : self.seen or end].unbind()
 
 # %% ../nbs/04_backbone.ipynb #Attention
@@ -246,11 +248,8 @@ class Backbone(nn.Module):
         if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
             raise UserError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary has {size}")
         hidden = self.model(ids, who.positions(ids, past), who.table(ids, past, seen), who.causal, cache)
-        if cache is not None:
-            cache.length += ids.shape[1]
-        if at is not None:
-            return self.lm_head(hidden.flatten(0, 1)[at - (at % ids.shape[1] > 0).long() if shift else at])
-        return self.lm_head(torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if shift else hidden)
+        hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1) if shift else hidden
+        return self.lm_head(hidden if at is None else hidden.flatten(0, 1)[at])
 
     @property
     def denoise(self) -> "BackboneDenoiser":

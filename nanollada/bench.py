@@ -186,20 +186,21 @@ def bench_sample(cfg: SampleBench) -> Iterator[dict]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such run; `nanollada demo` makes it, or give --run and --ar-run")
     pair = open_pair(cfg.ar_run, cfg.run, cfg.device)
-    device = pair.ar.lm_head.weight.device
+    device = pair.models["ar"].lm_head.weight.device
     yield machine_record(device) | {name: str(value) for name, value in asdict(cfg).items()}
     for rows, variant in product(cfg.batch_sizes, cfg.variants):
         texts: list[list[int]] = []
         plain = partial(write_more, cfg, pair, rows, "official", [])
         found = race(plain, partial(write_more, cfg, pair, rows, variant, texts), cfg.seconds, device)
-        judge, error = judged_nll(pair.ar, pair.tokenizer, pair.tokenizer.batch_decode(texts))
+        judge, error = judged_nll(pair.models["ar"], pair.tokenizer, pair.tokenizer.batch_decode(texts))
         found |= {"judge": judge, "judge_error": error, "distinct_2": distinct_n(texts, 2)}
         yield {"rows": rows, "variant": variant} | found
 
 
 def write_more(cfg: SampleBench, pair: Pair, rows: int, variant: str, texts: list[list[int]]) -> int:
     "Add a batch to what was written; how many tokens it has, ends left out."
-    model, begin = pair.ar if variant == "ar" else pair.diffusion, [[pair.tokenizer.bos_token_id]] * rows
+    begin = [[pair.tokenizer.bos_token_id]] * rows
+    model = pair.models["ar" if variant == "ar" else "diffusion"]
     seed = (cfg.seed + len(texts)) % 2**32  # another one each time
     how = WriteConfig(gen_length=cfg.gen_length, temperature=cfg.temperature, seed=seed, **WAYS[variant])
     texts += write_ids(model, begin, pair.tokenizer, how)

@@ -96,7 +96,8 @@ def show_in_terminal(steps: Iterator[ChatStep], stdout: TextIO) -> ChatStep:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
-    with Live(console=Console(file=stdout), auto_refresh=False, redirect_stdout=False) as live:
+    console = Console(file=stdout, force_jupyter=False)
+    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
         for step in steps:
             live.update(Text(printable(step.text)), refresh=True)
     return step
@@ -114,13 +115,12 @@ def _answer_in_terminal(chat: Chat, question: str, stdout: TextIO) -> bool:
     "Show an answer, or why there is none; whether there is one."
     try:
         forgotten = show_in_terminal(chat.stream(question), stdout).forgotten
-        note = f"({forgotten} oldest turns no longer fit and were left out)\n" if forgotten else ""
-        print(note, end="", file=stdout)
+        stdout.write(f"({forgotten} oldest turns no longer fit and were left out)\n" * (forgotten > 0))
         return True
     except UserError as error:
-        print(f"({printable(str(error))})", file=stdout)
+        stdout.write(f"({printable(str(error))})\n")
     except KeyboardInterrupt:
-        print("(stopped; this question and its answer are forgotten)", file=stdout)
+        stdout.write("(stopped; this question and its answer are forgotten)\n")
     return False
 
 # %% ../nbs/14a_chat.ipynb #run_chat
@@ -132,7 +132,8 @@ def run_chat(
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     chat, terminal, answered = Chat(model, tokenizer, system, cfg), stdout.isatty(), 0
     for number in count(1):
-        print("> " * (terminal and stdin.isatty()), end="", file=stdout, flush=True)
+        stdout.write("> " * (terminal and stdin.isatty()))
+        stdout.flush()
         line = stdin.readline()
         question = line.strip()
         if not line or question == "/quit":
@@ -140,11 +141,11 @@ def run_chat(
         if question == "/reset":
             chat.reset()
         elif terminal and question.startswith("/"):
-            print("(there are /reset and /quit)", file=stdout)
+            stdout.write("(there are /reset and /quit)\n")
         elif not question:
-            print(end="" if terminal else "\n", file=stdout)
+            stdout.write("" if terminal else "\n")
         elif terminal:
             answered += _answer_in_terminal(chat, question, stdout)
         else:
-            print(_answer_in_pipe(chat, question, number), file=stdout, flush=True)
+            stdout.write(_answer_in_pipe(chat, question, number) + "\n")
             answered += 1

@@ -286,6 +286,7 @@ def evaluate(asked: Eval, writing: "WriteConfig") -> None:
     _check_eval(asked, writing.temperature)
     texts, questions = _held_out(asked)
     model, tokenizer, info = run = load_run(asked.folder, asked.device)
+    _check("canvas", asked.canvas or 2, 2, model.cfg.max_position_embeddings)
     _refuse(asked.samples and is_chat(info), f"{asked.folder} was fine-tuned to answer, not to begin")
     _refuse(questions and not is_chat(info), f"{asked.folder} was not fine-tuned on conversations")
     found = machine_record(model.lm_head.weight.device) | {
@@ -376,8 +377,8 @@ def _parse(verb: str, words: list[str]) -> list:
 
 def _first_sentence(box: str) -> str:
     "What a box of tyro's says above its first rule."
-    text = " ".join(row.strip("│╭╮╰╯ ") for row in box.splitlines()[1:])
-    return re.split(r"─────|Got errors:", text)[0]
+    text = " ".join(row.strip("│╭╮╰╯|+ ") for row in box.splitlines()[1:])
+    return next(part for part in re.split(r"[─-]{5,}|Got errors:", text) if part.strip())
 
 
 def _fail(reason: object, status: int) -> int:
@@ -399,6 +400,8 @@ def main(
         verbs = [f"  {verb:13} {function.__doc__}" for verb, (function, *_) in VERBS.items()]
         print("usage: nanollada VERB [flags]\n", *verbs, "\nnanollada VERB --help tells more.", sep="\n")
         return 2 if words in ([], ["bench"]) else 0
+    if re.search(r"[\ud800-\udfff]", "".join(words)):
+        return _fail("the command line is not UTF-8: rename that file or folder", 2)
     verb = next((v for v in VERBS if words[: len(v.split())] == v.split()), None)
     if verb is None:
         return _fail(f"there is no verb {' '.join(words[:2])!r}; expected one of {', '.join(VERBS)}", 2)

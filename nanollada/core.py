@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['UserError', 'make_generator', 'pick_device', 'pick_precision', 'machine_record', 'by_budget', 'atomic_path',
-           'write_json', 'read_json', 'append_jsonl', 'read_jsonl', 'printable']
+           'write_json', 'append_jsonl', 'read_jsonl', 'read_json', 'printable']
 
 # %% ../nbs/95_core.ipynb #imports
 import errno
 import json
 import os
 import platform
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unicodedata import bidirectional, category
 
 import numpy as np
 import torch
@@ -95,40 +95,33 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_json(path: str | Path, kind: type = object) -> object:
-    "The value of a JSON file. Raises `UserError` if it is missing, not JSON, or not of this kind (say dict)."
-    return _values(path, kind, lines=False)[0]
+def append_jsonl(path: str | Path, record: dict) -> None:
+    "Append one record to a JSON-lines file."
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-
-def _values(path: str | Path, kind: type, lines: bool) -> list:
-    "The value of a JSON file, or of each line that has an end; `UserError` says where something is wrong."
+# %% ../nbs/95_core.ipynb #read_jsonl
+def read_jsonl(path: str | Path, kind: type = dict, whole: bool = False) -> list:
+    "The values of the lines that have an end, or of a whole JSON file. Raises `UserError` with the place."
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    whole, values = Path(path).read_bytes(), []
-    for number, text in enumerate(whole.split(b"\n")[:-1] if lines else [whole], 1):
-        place = f"{path}:{number}" if lines else path
+    text, values = Path(path).read_bytes(), []
+    for number, line in enumerate([text] if whole else text.split(b"\n")[:-1], 1):
+        place = path if whole else f"{path}:{number}"
         try:
-            values.append(json.loads(text))
+            values.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON ({error})") from None
         if not isinstance(values[-1], kind):
             raise UserError(f"{place}: holds a {type(values[-1]).__name__}; expected a {kind.__name__}")
     return values
 
-# %% ../nbs/95_core.ipynb #append_jsonl
-def append_jsonl(path: str | Path, record: dict) -> None:
-    "Append one record to a JSON-lines file."
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    "The records of a JSON-lines file; a last line without its end is dropped, a bad one is a `UserError`."
-    return _values(path, dict, lines=True)
+def read_json(path: str | Path, kind: type = object) -> object:
+    "The value of a JSON file. Raises `UserError` if it is missing, not JSON, or not of this kind (say dict)."
+    return read_jsonl(path, kind, whole=True)[0]
 
 # %% ../nbs/95_core.ipynb #printable
 def printable(text: str) -> str:
     "Text that cannot move a cursor, ring a bell or hide its order: its only controls are line breaks."
-    order = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-    unsafe = [c for c in set(text) - {"\n"} if category(c) in ("Cc", "Cs") or bidirectional(c) in order]
-    return text.translate(dict.fromkeys(map(ord, unsafe)))
+    return re.sub("[\0-\t\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)

@@ -304,11 +304,12 @@ class SftConfig:
     def __post_init__(self) -> None:
         self.init_from, self.out = Path(self.init_from), Path(self.out)
         rules = [("length", self.length >= 8, "at least 8 tokens"), ("bucket", self.bucket >= 1, "1 or more"),
-                 ("limit", self.limit is None or self.limit >= 2, "2 or more"), ("spare", self.spare >= 0, "0 or more"),
+                 ("spare", self.spare >= 0, "0 or more"),
+                 ("limit", self.limit is None or self.limit >= 2, "2 or more"),
                  ("valid_conversations", self.valid_conversations >= 0, "0 or more"),
                  ("valid_fraction", 0 <= self.valid_fraction < 1, "a share from 0 to below 1"),
                  ("language", self.language is None or self.data == "toy", "none: it is for the data toy"),
-                 ("out", self.out.resolve() != self.init_from.resolve(), "another folder than the run to begin with")]
+                 ("out", self.out.resolve() != self.init_from.resolve(), "another folder than init_from")]
         for name, fine, expected in rules:
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")

@@ -278,8 +278,10 @@ def surprises(text: str, language: Language = None) -> list[tuple[str, float]] |
 
 def log_prob(text: str, language: Language = None) -> float:
     "The exact log-probability of a document in nats; -inf if the language cannot say it."
-    told = surprises(text, language)
-    return -math.inf if told is None else -sum(price for _, price in told)
+    found = _read(text, language)
+    if found is None:
+        return -math.inf
+    return -sum(price for _, price in word_prices(*found)) - math.log(len(_languages(language)))
 
 
 def is_valid(text: str, language: Language = None) -> bool:

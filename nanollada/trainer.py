@@ -104,8 +104,8 @@ def lr_at(step: int, cfg: TrainConfig, elapsed: float = 0.0) -> float:
     elif cfg.schedule == "cosine":
         start = min(warmup / cfg.steps, 1 - 1e-9)
         left = (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    return cfg.learning_rate * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+    highest = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup))
+    return highest * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
 # %% ../nbs/08_trainer.ipynb #parameter_groups
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -125,9 +125,8 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opti
     if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer is muon, which torch {torch.__version__} lacks: use adamw, or torch 2.9")
     muon = groups.pop("hidden") if cfg.optimizer == "muon" else []
-    sets = [{"params": groups["matrix"] + groups.get("hidden", []), "weight_decay": cfg.weight_decay} | scale,
-            {"params": groups["plain"], "weight_decay": 0.0} | scale]
-    sets = [s for s in sets if s["params"]]
+    sets = [(groups["matrix"] + groups.get("hidden", []), cfg.weight_decay), (groups["plain"], 0.0)]
+    sets = [{"params": some, "weight_decay": decay} | scale for some, decay in sets if some]
     if not sets and not muon:
         raise UserError("the model has no trainable parameters: unfreeze some (requires_grad_)")
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
@@ -152,8 +151,8 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
 
 def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int) -> Batch:
     "The batch of an update, noise and all: a function of the seed and of its number."
-    numbers = rows_of_step(step, len(rows), cfg.batch_size, cfg.seed)
     generator = make_generator(cfg.seed, "noise", step)
+    numbers = rows_of_step(step, len(rows), cfg.batch_size, cfg.seed)
     return objective.noise(rows.batch(numbers, generator), generator)
 
 # %% ../nbs/08_trainer.ipynb #split_batch
@@ -173,11 +172,9 @@ class Learner:
         state = self.state = open_processes(cfg.device)
         self.device, self.world, self.rank = state.device, state.num_processes, state.process_index
         self.micro = cfg.micro_batch_size or max(1, cfg.batch_size // self.world)
-        if len(rows) < 1:
-            raise UserError("there are no training rows: give more data, or shorter rows")
-        if cfg.batch_size % (self.micro * self.world):
-            raise UserError(f"batch_size is {cfg.batch_size}; expected a multiple of {self.micro} x "
-                            f"{self.world}, micro_batch_size x processes")
+        if len(rows) < 1 or cfg.batch_size % (self.micro * self.world):
+            raise UserError(f"batch_size is {cfg.batch_size} of {len(rows)} rows; expected rows, and "
+                            f"a multiple of {self.micro} x {self.world}, micro_batch_size x processes")
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16
         self.precision, self.sizes = pick_precision(self.device, cfg.precision), matmul_parameters(model)
@@ -250,12 +247,11 @@ def measure(run: Learner, rows: object) -> Tensor:
 # %% ../nbs/08_trainer.ipynb #keep_record
 def keep_record(run: "Training", record: dict) -> None:
     "Add to history, file and bar; `UserError` for what is not finite, before such weights are saved."
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(record.get(name, 0.0))]
-    if bad:
-        kept = latest_state(run.out / "state") if run.out else None
-        raise UserError(f"{record['split']} {bad[0]} is {record[bad[0]]} by step {run.step}: lower the "
-                        "learning_rate, clip at 1.0, warm up longer, or try precision='no'. Last whole "
-                        f"checkpoint: {kept}")
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(record.get(name, 0.0)):
+            raise UserError(f"{record['split']} {name} is {record[name]} by step {run.step}: lower the rate, "
+                            "clip at 1.0, warm up longer, or try precision='no'. Last whole checkpoint: "
+                            f"{run.out and latest_state(run.out / 'state')}")
     run.history.append(record | {"seconds": time.perf_counter() - run.started})
     try:
         if run.writes:
@@ -270,9 +266,9 @@ def keep_record(run: "Training", record: dict) -> None:
 
 def log(run: "Training") -> None:
     "Close the logging window: one record. This waits for the device."
-    meter, run.meter = run.meter, Meter()
-    if not meter.count:
+    if not run.meter.count:
         return
+    meter, run.meter = run.meter, Meter()
     means, window = meter.means(run.state), max(time.perf_counter() - meter.start, 1e-9)
     record = {"step": run.step, "split": "train", "loss": means.pop("loss"), "lr": run.rate,
               "grad_norm": float(meter.norm) / meter.updates, "tokens_per_second": meter.tokens / window}
@@ -330,7 +326,7 @@ class Training(Learner):
 
 # %% ../nbs/08_trainer.ipynb #describe
 def describe(run: Training) -> None:
-    "Write train_config.json: how it trains, and which update the saved weights are of."
+    "Write train_config.json: how it trains, and of which update the saved weights are."
     settings = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "overwrite")}
     facts = {"processes": run.world, "sharded": is_sharded(), "torch": torch.__version__, "saved": run.saved}
     write_json(run.out / "train_config.json", settings | facts | run.info)
@@ -448,8 +444,7 @@ def train(
     with lock_folder(run.out) if run.writes else nullcontext(), scene(run) as asked:
         _run_loop(run, asked)
     run.state.wait_for_everyone()
-    if run.world > 1:
-        atexit.register(leave_group)
+    atexit.register(leave_group)
     speeds = sorted(r["tokens_per_second"] for r in run.history if r["split"] == "train") or [0.0]
-    speed = speeds[len(speeds) // 2]
-    return TrainResult(run.history, run.best, run.saved, run.step, run.seconds, speed, why_stop(run))
+    return TrainResult(run.history, run.best, run.saved, run.step, run.seconds, speeds[len(speeds) // 2],
+                       why_stop(run))

@@ -388,7 +388,7 @@ def test_the_default_is_fast():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(gen_length=0), "gen_length is 0"), (dict(eos="soon"), "eos is 'soon'"), (dict(temperature=math.nan), "temperature is nan"),
-    (dict(steps=0), "steps is 0"), (dict(block_length=0), "block_length is 0"), (dict(limit=-1.0), "limit is -1.0"),
+    (dict(steps=0), "steps is 0"), (dict(block_length=0), "block_length is 0"), (dict(doubt=-1.0), "limit is -1.0"),
     (dict(remasking="best"), "remasking is best"), (dict(cfg_scale=math.inf), "cfg_scale is inf"), (dict(top_p=0.0), "top_p is 0.0"),
 ])
 def test_bad_settings(wrong, message):

@@ -1,6 +1,9 @@
 "Pretraining end to end on the toy language, crossing, scoring, and what goes wrong."
 import json
-import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,21 +11,23 @@ import torch
 from nanollada import toy
 from nanollada.backbone import load_run
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
-from nanollada.corpus import toy_tokenizer
+from nanollada.data import Windows, toy_tokenizer
 from nanollada.elbo import exact_nelbo
-from nanollada.pretrain import PretrainConfig, TextTask, cross, document_rows, open_data, pretrain, score_documents, start_model
-from nanollada.trainer import TrainConfig
+from nanollada.pretrain import (PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
+                                score_documents, start_model)
+from nanollada.tokenizer import save_tokenizer, train_tokenizer
+from nanollada.trainer import TrainConfig, draw_update
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
-    toy_tokenizer().save_pretrained(folder / "tokenizer")
+    save_tokenizer(toy_tokenizer(), folder / "tokenizer")
     return folder
 
 
 def config(folder, name="run", steps=4, **changes) -> PretrainConfig:
-    train = dict(steps=steps, batch_size=4, warmup_steps=1, eval_every=2, save_every=2, log_every=1, progress=False, precision="no")
+    train = dict(steps=steps, batch_size=4, warmup_steps=1, eval_every=2, save_every=2, log_every=1, progress=False, precision="no", device="cpu")
     settings = dict(data="toy", out=folder / name, preset="toy", tokenizer=str(folder / "tokenizer"), length=64, limit=60,
                     valid_fraction=0.1, cache=folder / "data")
     return PretrainConfig(**settings | changes | {"train": TrainConfig(**train | changes.get("train", {}))})
@@ -45,23 +50,33 @@ def test_a_run_folder_has_all_it_should(ar):
 
 
 def test_both_objectives_see_the_same_rows_and_score_the_same_tokens(folder):
-    tasks = {}
+    batches = {}
     for objective in ("ar", "diffusion"):
-        cfg = config(folder, objective=objective)
-        train, valid, tokenizer = open_data(cfg)
-        tasks[objective] = TextTask(train, valid, start_model(cfg, tokenizer).cfg, random_length=0.0)
-    rows = {name: task.train_batch(torch.arange(4), make_generator(0, "noise", 1)) for name, task in tasks.items()}
-    assert torch.equal(rows["ar"]["ids"], rows["diffusion"]["ids"])
-    assert tasks["ar"].count(rows["ar"]) == tasks["diffusion"].count(rows["diffusion"]) == 4 * 63
-    assert not rows["diffusion"]["mask"][:, 0].any() and rows["diffusion"]["mask"][:, 1:].any()
+        cfg = config(folder, objective=objective, random_length=0.0)
+        rows, _, tokenizer = open_rows(cfg)
+        learn = make_objective(start_model(cfg, tokenizer).cfg)
+        batches[objective] = draw_update(learn, rows, cfg.train, step=1)
+    ar, diffusion = batches["ar"], batches["diffusion"]
+    assert torch.equal(ar["ids"], diffusion["ids"])
+    assert ar["count"].sum() == diffusion["count"].sum() == 4 * 63
+    assert not diffusion["mask"][:, 0].any() and diffusion["mask"][:, 1:].any()
 
 
-def test_validation_noise_is_fixed(folder):
-    cfg = config(folder)
-    train, valid, tokenizer = open_data(cfg)
-    task = TextTask(train, valid, start_model(cfg, tokenizer).cfg)
-    first, second = ([batch["xt"] for batch in task.valid_batches(2)] for _ in range(2))
-    assert len(first) == math.ceil(task.n_valid / 2) and all(map(torch.equal, first, second))
+@pytest.mark.parametrize("seed", [7, 11, 35])
+def test_no_update_of_the_default_pretraining_is_empty(folder, seed):
+    "code.md 1, attack A: with these seeds a batch of the README's 1,180 updates was cut to one column."
+    cfg = config(folder, length=128, train={"steps": 1180, "batch_size": 16, "seed": seed})
+    rows, _, tokenizer = open_rows(cfg)
+    learn = make_objective(start_model(cfg, tokenizer).cfg)
+    columns = []
+    for step in range(cfg.train.steps):
+        stream = make_generator(seed, "noise", step)
+        short = int(torch.randint(2, 129, (1,), generator=stream))  # what the rows are cut to, if they are
+        if torch.rand(1, generator=stream).item() < cfg.random_length:
+            columns.append(short)
+            batch = draw_update(learn, rows, cfg.train, step)
+            assert batch["ids"].shape == (16, short) and batch["count"].sum() == 16 * (short - 1) > 0
+    assert len(columns) > 3
 
 
 def test_training_learns(folder):
@@ -71,34 +86,75 @@ def test_training_learns(folder):
     assert {f"ce_{n}_{n + 20}" for n in range(0, 100, 20)} <= result.history[0].keys()
 
 
-def test_resume_is_exact(folder):
+def test_resume_is_exact_also_of_a_moved_folder(folder, monkeypatch):
+    "attack F."
     whole = pretrain(config(folder, "whole", steps=4))
-    half = config(folder, "half", steps=4, train={"save_every": 2})
-    from nanollada import trainer
 
     class Stop(Exception):
         pass
 
-    saved, original = [], trainer.save_checkpoint
-
-    def save_then_die(*args, **kwargs):
-        saved.append(original(*args, **kwargs))
-        raise Stop
-
-    trainer.save_checkpoint = save_then_die
-    try:
-        with pytest.raises(Stop):
-            pretrain(half)
-    finally:
-        trainer.save_checkpoint = original
-    resumed = pretrain(config(folder, "half", steps=4, resume=True))
-    assert resumed.steps == whole.steps
-    record = read_json(folder / "half" / "train_config.json")
+    def draw_or_die(objective, rows, cfg, step):
+        if step == 3:
+            raise Stop
+        return draw_update(objective, rows, cfg, step)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("nanollada.trainer.draw_update", draw_or_die)
+        pretrain(config(folder, "half", steps=4))
+    (folder / "half").rename(folder / "moved")
+    resumed = pretrain(config(folder, "moved", steps=4, train={"resume": True}))
+    assert (resumed.steps, resumed.best, resumed.saved) == (whole.steps, whole.best, whole.saved)
+    record = read_json(folder / "moved" / "train_config.json")
     with pytest.raises(UserError, match="cannot be resumed with other settings: document_mask was False and is True"):
-        pretrain(config(folder, "half", steps=4, resume=True, document_mask=True))
-    assert read_json(folder / "half" / "train_config.json") == record
-    weights = [load_run(folder / name, device="cpu")[0].state_dict() for name in ("whole", "half")]
+        pretrain(config(folder, "moved", steps=4, document_mask=True, train={"resume": True}))
+    with pytest.raises(UserError, match="text was"):
+        pretrain(config(folder, "moved", steps=4, limit=90, train={"resume": True}))
+    assert read_json(folder / "moved" / "train_config.json") == record
+    weights = [load_run(folder / name, device="cpu")[0].state_dict() for name in ("whole", "moved")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def command(*arguments, launcher=(), **environment):
+    "`nanollada` with these arguments, perhaps launched several times."
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
+    return subprocess.run([sys.executable, *launcher, "-m", "nanollada.cli", *map(str, arguments)], env=env,
+                          capture_output=True, text=True, timeout=200)
+
+
+def flags(folder, out, **changes):
+    settings = {"data": "toy", "preset": "toy", "tokenizer": folder / "tokenizer", "limit": 60, "length": 32,
+                "cache": folder / "data", "steps": 6, "batch-size": 4, "save-every": 3, "eval-every": 3, "log-every": 1,
+                "precision": "no", "device": "cpu", "objective": "ar", "out": out} | changes
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("shards", ["false", "true"])
+def test_launched_twice_by_the_command_line_it_trains_one_model(folder, tmp_path, shards):
+    "attack B, user.md A: README's torchrun line on a CPU; sharded, as accelerate's configuration asks for it."
+    alone = pretrain(config(folder, "alone", steps=6, objective="ar", length=32, train={
+        "save_every": 3, "eval_every": 3, "learning_rate": 4e-3, "optimizer": "muon", "decay_fraction": 0.5,
+        "min_lr_ratio": 0.02, "warmup_steps": None, "overwrite": True}))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = ("pretrain", *flags(folder, tmp_path / "two"), "--no-progress")
+    done = command(*arguments, launcher=launcher, ACCELERATE_USE_FSDP=shards)
+    assert done.returncode == 0, done.stderr
+    record, history = read_json(tmp_path / "two/train_config.json"), read_jsonl(tmp_path / "two/metrics.jsonl")
+    assert record["processes"] == 2 and record["sharded"] == (shards == "true")
+    assert [r["step"] for r in history] == [r["step"] for r in alone.history]
+    for ours, theirs in zip(history, alone.history):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # float32, another order of additions
+    model, tokenizer, _ = load_run(tmp_path / "two", device="cpu")
+    assert score_documents(model, tokenizer, ["Lucy the bee met"])[0].isfinite().all()
+
+
+def test_what_would_fill_the_memory_or_is_no_unicode_gets_a_line(folder, tmp_path):
+    "attack, bad input: --batch-size and --length of 10^9, an --out that is not UTF-8."
+    for changes in ({"batch-size": 10**9}, {"length": 10**9}, {"batch-size": 65536, "length": 4096}):
+        done = command("pretrain", *flags(folder, tmp_path / "big", **changes))
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr and not (tmp_path / "big").exists()
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/r\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        config(folder, odd)
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -144,7 +200,7 @@ def test_scores_of_an_ar_model_are_sums_of_log_probabilities(ar):
 
 def test_scores_of_a_diffusion_model_agree_with_enumeration(folder):
     cfg = config(folder, "score")
-    _, _, tokenizer = open_data(cfg)
+    _, _, tokenizer = open_rows(cfg)
     model = start_model(cfg, tokenizer).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)
     texts = ["Lucy the bee met", "Lucy", "the fox met"]
@@ -152,26 +208,28 @@ def test_scores_of_a_diffusion_model_agree_with_enumeration(folder):
     for n, text in enumerate(texts):
         ids, real = document_rows(tokenizer, [text])
         where = real & (torch.arange(ids.shape[1]) > 0)
-        exact = exact_nelbo(model.denoise, ids, model.cfg.mask_token_id, where).item()
+        exact = exact_nelbo(model.denoise, ids, maskable=where).item()
         error = estimates[:, n].std().item() / 12**0.5
         assert abs(estimates[:, n].mean().item() - exact) < 5 * error + 1e-3
 
 
 def test_a_canvas_makes_diffusion_pay_for_the_length(folder):
     cfg = config(folder, "canvas")
-    _, _, tokenizer = open_data(cfg)
+    _, _, tokenizer = open_rows(cfg)
     model = start_model(cfg, tokenizer).eval()
     short, own = score_documents(model, tokenizer, ["Lucy"], n_samples=8)
     long, counts = score_documents(model, tokenizer, ["Lucy"], n_samples=8, canvas=64)
     assert long.item() > 10 * short.item() and torch.equal(counts, own)
     with pytest.raises(UserError, match="make rows longer"):
         score_documents(model, tokenizer, toy.sample(1, 0), canvas=10)
-    with pytest.raises(UserError, match="masks is 0; expected at least 1"):
+    with pytest.raises(UserError, match="0 masks and 1 documents; expected at least 1"):
         score_documents(model, tokenizer, ["Lucy"], n_samples=0)
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"objective": "gan"}, "objective is 'gan'"), ({"length": 1}, "length is 1"), ({"resume": True, "overwrite": True}, "exclude"),
+    ({"objective": "gan"}, "objective is 'gan'"), ({"length": 1}, "length is 1"), ({"random_length": float("nan")}, "random_length is nan"),
+    ({"random_length": -1}, "0 to 1"), ({"valid_windows": -1}, "expected 1 to"), ({"context": 8}, "expected 64 to"),
+    ({"train": {"resume": True, "overwrite": True}}, "exclude"),
     ({"data": "nowhere.jsonl"}, "nowhere.jsonl"), ({"preset": "huge"}, "preset is 'huge'"), ({"init_from": "nowhere"}, "nowhere"),
 ])
 def test_bad_settings(folder, changes, message):
@@ -187,14 +245,13 @@ def test_a_run_in_the_way_is_not_overwritten(folder, ar):
 
 
 def test_runs_that_do_not_fit_the_data_or_objective(folder, ar, tmp_path):
-    from nanollada.tokenizer import train_tokenizer
-    train_tokenizer(toy.sample(50, 0), 400).save_pretrained(tmp_path / "other")
+    save_tokenizer(train_tokenizer(toy.sample(50, 0), 400), tmp_path / "other")
     with pytest.raises(UserError, match="another tokenizer"):
         pretrain(config(folder, "x", init_from=ar, tokenizer=str(tmp_path / "other"), cache=tmp_path / "data"))
-    diffusion = start_model(config(folder), open_data(config(folder))[2])
+    diffusion = start_model(config(folder), open_rows(config(folder))[2])
     with pytest.raises(UserError, match="expected an ar one"):
         cross(diffusion)
-    with pytest.raises(UserError, match="mask_row is 'zero'"):
+    with pytest.raises(UserError, match="mask_row 'zero'"):
         cross(load_run(ar, device="cpu")[0], mask_row="zero")
 
 

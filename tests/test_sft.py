@@ -413,7 +413,7 @@ def test_a_run_that_cannot_be_fine_tuned_so(folders, tmp_path, tokenizer):
         sft(SftConfig("toy", folders["ar"], tmp_path / "out", length=500))
     save_run(load_run(folders["ar"], "cpu")[0], with_template(tokenizer, None), tmp_path / "mute")
     with pytest.raises(UserError, match="the chat template fails for user"):
-        sft(SftConfig("toy", tmp_path / "mute", tmp_path / "out", length=64))
+        sft(SftConfig("toy", tmp_path / "mute", tmp_path / "out", length=160, limit=20))
     empty = write_lines(tmp_path / "empty.jsonl", "")
     with pytest.raises(UserError, match="no conversations to learn from"):
         sft(SftConfig(str(empty), folders["ar"], tmp_path / "out", length=64))
@@ -423,7 +423,7 @@ def test_a_run_that_cannot_be_fine_tuned_so(folders, tmp_path, tokenizer):
     ({"data": "x", "language": "en"}, "language is en; expected none: it is for the data toy"), ({"bucket": 0}, "bucket is 0"),
     ({"valid_fraction": 1.0}, "valid_fraction is 1.0"), ({"valid_fraction": float("nan")}, "valid_fraction is nan"),
     ({"limit": -1}, "limit is -1; expected 2 or more"), ({"valid_conversations": -1}, "valid_conversations is -1"),
-    ({"spare": -1}, "spare is -1"), ({"length": 2}, "length is 2"), ({"out": "run"}, "out is run; expected another folder"),
+    ({"spare": -1}, "spare is -1"), ({"length": 2}, "length is 2"), ({"out": "run"}, "out is run; expected another"),
 ])
 def test_settings_are_checked(change, message):
     with pytest.raises(UserError, match=message):

@@ -96,7 +96,7 @@ def saver(model, folder, weights=None):
 
 def go(model=None, cfg=CONFIG, out=None, rows=None, objective=None, valid=VALID, **kw):
     model = model or net()
-    return model, train(model, objective or Toy(), rows or Rows(), cfg, valid, out, saver, **kw)
+    return model, train(model, objective or Toy(), Rows() if rows is None else rows, cfg, valid, out, saver, **kw)
 
 
 def same(a, b):
@@ -415,7 +415,7 @@ def test_two_processes_agree_with_one(tmp_path, shards, optimizer):
     "code.md 2: eleven validation rows in pieces of two leave one process without a last piece."
     done = twice(f"two:{optimizer}", tmp_path / "run", **shards)
     assert done.returncode == 0, done.stderr
-    if sys.platform == "linux":  # threads of the process group that outlive Python abort the process now and then
+    if sys.platform == "linux" and not shards:  # threads of the process group that outlive Python abort the process now and then
         threads = [read_json(tmp_path / f"run/threads-{rank}.json") for rank in (0, 1)]
         assert all(threads) and not any("gloo" in name for names in threads for name in names), threads
     record = read_json(tmp_path / "run/train_config.json")
@@ -465,7 +465,7 @@ def test_every_row_comes_once_an_epoch_and_pieces_make_the_batch():
     pieces = [p for rank in (0, 1) for p in split_batch(batch, 2, rank, 2)]
     assert sorted(p["ids"][0].tolist() for p in pieces) == sorted(batch["ids"][::2].tolist())
     assert sum(len(p["places"]) for p in pieces) == batch["mask"].sum() == batch["count"].sum()
-    with pytest.raises(UserError, match="expected a multiple of 3 x 1"):
+    with pytest.raises(UserError, match="a multiple of 3 x 1"):
         go(cfg=replace(CONFIG, micro_batch_size=3))
 
 
@@ -614,11 +614,18 @@ def test_the_saved_weights_are_the_latest_within_an_error_of_the_lowest(tmp_path
     gaps = {s: mean_and_error(torch.stack([t[0] - tables[lowest][0], t[1]])) for s, t in tables.items() if s > lowest}
     assert result.best["step"] == lowest and result.best["loss"] == pytest.approx(losses[lowest])
     assert result.saved == max([lowest, *(s for s, (gap, error) in gaps.items() if gap < error)])
-    assert result.saved > lowest  # in this run a later loss was higher, by less than its error
     saved = net(7)
     saved.load_state_dict(load_file(tmp_path / "model.safetensors"))
     run.model.load_state_dict(saved.state_dict())
     assert mean_and_error(measure(run, VALID))[0] == pytest.approx(losses[result.saved], rel=1e-6)
+
+
+def test_a_difference_inside_its_error_keeps_the_later_weights():
+    run = Training(net(), Toy(), Rows(), CONFIG, VALID)
+    nats, sway = measure(run, VALID)[0], torch.tensor([1.0, -1.0] * 5 + [0.2])
+    for drop, kept in ((sway, True), (0.05 * nats, False)):  # better by luck; better in every row
+        run.best, run.best_nats = {"step": 0, "loss": 0.0}, (nats - drop).tolist()
+        assert run.validate() == kept and run.best["step"] == 0
 
 
 def test_slow_improvements_are_saved_too():
@@ -761,7 +768,7 @@ def test_padded_and_unpadded_rows_are_both_rehearsed():
     class Padded(Rows):
         def batch(self, indices, generator=None):
             rows = super().batch(indices, generator)
-            return rows | {"real": torch.ones_like(rows["scored"]) & (torch.arange(7) < 6 + indices[:, None] % 2)}
+            return rows | {"real": torch.ones_like(rows["scored"]) & (torch.arange(7) < 7 - torch.arange(len(indices))[:, None] % 2)}
     run, kinds = Training(net(), Toy(), Padded(), CONFIG), set()
     forward = run.forward
     run.forward = lambda piece: kinds.add("real" in piece) or forward(piece)
@@ -783,8 +790,8 @@ def test_a_batch_that_counts_nothing_does_not_end_the_run(share):
     else:
         model, result = go(objective=Sparse(), valid=None, cfg=replace(CONFIG, log_every=1))
         assert result.steps == 24 and len(result.history) < 24 and all(p.isfinite().all() for p in model.parameters())
-    with pytest.raises(UserError, match="no training rows"):
-        go(rows=SimpleNamespace(__len__=0) if False else Rows(0))
+    with pytest.raises(UserError, match="of 0 rows"):
+        go(rows=Rows(0))
 
 
 def test_out_of_memory_is_explained():
