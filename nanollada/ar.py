@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .backbone import Backbone, Denoiser
+from .backbone import Backbone, Denoiser, Visibility
 from .core import UserError
 
 # %% ../nbs/05_ar.ipynb #TokenNLL
@@ -49,15 +49,15 @@ Batch = dict[str, Tensor]  # of B rows: ids and scored; after noise mask, count 
 class Objective:
     "What a model learns. The trainer, fine-tuning and evaluation all call `terms`."
     name: str
-    per: Literal["token", "row"] = "token"  # what counts the same: each scored token, or each row
+
+    def __init__(self, per: Literal["token", "row"] = "token"):
+        self.per = per  # what counts the same: each scored token, or each row
 
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         "Add mask, count and more to rows (ids, scored; maybe maskable, real, document_ids), on the CPU."
-        raise NotImplementedError
 
     def terms(self, model: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         "Nats (B,) and count (B,) of each row of a batch `with_places`: differentiable, no synchronisation."
-        raise NotImplementedError
 
     def denoiser(self, model: Backbone, batch: Batch | None = None) -> Denoiser | None:
         "The model's answers for hidden tokens (of this batch), if it has any."
@@ -73,9 +73,8 @@ class Objective:
     def shares(self, scored: Tensor) -> tuple[Tensor, Tensor]:
         "The count of each row (B,), and the factor of its nats (B, 1) that makes it count so."
         tokens = scored.sum(1).float()
-        if self.per == "token":
-            return tokens, torch.ones_like(tokens)[:, None]
-        return (tokens > 0).float(), 1 / tokens.clamp(min=1)[:, None]
+        share = tokens.clamp(min=1) if self.per == "row" else torch.ones_like(tokens)
+        return tokens / share, 1 / share[:, None]
 
 # %% ../nbs/05_ar.ipynb #with_places
 def with_places(batch: Batch) -> Batch:
@@ -92,9 +91,6 @@ class Autoregressive(Objective):
     "Predict each scored token from those before it. Padding, if any, lies on the right, where nobody looks."
     name = "ar"
 
-    def __init__(self, per: Literal["token", "row"] = "token"):
-        self.per = per
-
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         mask = rows["scored"].clone()
         mask[:, 0] = False  # nothing predicts the first token
@@ -103,24 +99,20 @@ class Autoregressive(Objective):
 
     def terms(self, model: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         ids, places = batch["ids"], batch["places"]
-        logits = model(ids, causal=True, document_ids=batch.get("document_ids"), at=places - 1)  # (N, V)
-        nll = token_nll(logits, ids.flatten()[places])  # (N,)
+        who = Visibility(causal=True, documents=batch.get("document_ids"))
+        nll = token_nll(model(ids, who, at=places - 1), ids.flatten()[places])  # (N,)
         nats = nll.new_zeros(len(ids)).index_add(0, places // ids.shape[1], nll)
         return nats * batch["weight"][:, 0], batch["count"]
 
 
-def ar_loss(
-    model: Backbone, ids: Tensor, scored: Tensor | None = None, document_ids: Tensor | None = None
-) -> Tensor:
+def ar_loss(model: Backbone, ids: Tensor, scored: Tensor | None = None) -> Tensor:
     "Next-token loss of ids (B, L), nats per scored token (default all but the first). Raises `UserError`."
-    rows = {"ids": ids, "scored": torch.ones_like(ids, dtype=torch.bool) if scored is None else scored}
-    documents = {} if document_ids is None else {"document_ids": document_ids}
-    return Autoregressive().loss(model, rows | documents)
+    scored = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
+    return Autoregressive().loss(model, {"ids": ids, "scored": scored})
 
 # %% ../nbs/05_ar.ipynb #filter_logits
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                  top_p: float | None = None) -> Tensor:
     "Logits (B, V) to draw from: sharper, and -inf but for the k best, or those that together reach p."
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Visibility', 'BackboneConfig', 'rope_frequencies', 'rotate', 'attend', 'KVCache', 'Attention',
            'FeedForward', 'Block', 'Trunk', 'Backbone', 'Denoiser', 'BackboneDenoiser', 'as_denoiser', 'preset',
-           'count_parameters', 'to_huggingface', 'from_huggingface', 'save_run', 'load_run']
+           'to_huggingface', 'from_huggingface', 'save_run', 'load_run']
 
 # %% ../nbs/04_backbone.ipynb #imports
 import math
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import read_tensors, tensor_shapes, write_tensors
 from .core import UserError, pick_device, read_json, write_json
-from .tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from .tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 # %% ../nbs/04_backbone.ipynb #Visibility
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,7 @@ class Visibility:
         if self.real is None and self.documents is None and simple:
             return None
         answers = torch.arange(seen or end, device=ids.device)
-        asks = torch.arange(past, end, device=ids.device)
-        table = (answers <= asks[:, None] if self.causal else answers[None] >= 0)[None]  # (1, 1 or L, keys)
+        table = (answers <= answers[past:end, None] if self.causal else answers[None] >= 0)[None]
         if self.real is not None:
             table = table & self.real[:, None, : len(answers)].bool()
         if self.documents is not None:
@@ -62,7 +61,7 @@ class BackboneConfig:
     num_key_value_heads: int | None = None  # key/value heads; None = as many as query heads
     intermediate_size: int = 1408  # width of the feed-forward layer
     max_position_embeddings: int = 4096  # the context: longest sequence, tokens
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_theta: float | int = 10_000.0  # base of the rotary frequencies
     rms_norm_eps: float = 1e-5  # added to the mean square
     tie_word_embeddings: bool = False  # one matrix for reading and writing tokens
     qk_norm: bool = False  # normalise queries and keys of each head, as Qwen3 does
@@ -76,23 +75,16 @@ class BackboneConfig:
         self.num_key_value_heads = groups = self.num_key_value_heads or heads
         for entry in fields(self):
             value, kinds = getattr(self, entry.name), get_args(entry.type) or (entry.type,)
-            kinds = (float, int) if entry.type is float else kinds
-            fits = value in kinds if isinstance(kinds[0], str) else type(value) in kinds
-            if type(value) in (int, float):
-                fits = fits and 0 < value + (entry.name == "mask_token_id") < math.inf  # the first id is 0
-            if not fits:
+            low, high = (-1, self.vocab_size) if entry.name == "mask_token_id" else (0, 10**9)
+            if type(value) not in kinds and value not in kinds:  # a type, or one of the words
                 expected = " or ".join(getattr(kind, "__name__", kind) for kind in kinds)
-                raise UserError(f"{entry.name} is {value!r:.40}; expected {expected}; numbers above 0")
+                raise UserError(f"{entry.name} is {value!r:.40}; expected {expected}")
+            if type(value) in (int, float) and not low < value < high:
+                raise UserError(f"{entry.name} is {value!r:.40}; expected {low} < {entry.name} < {high}")
         if self.hidden_size % (2 * heads) or heads % groups:
             raise UserError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key/value heads: "
                             "expected heads of even width that share keys evenly")
-        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
-            raise UserError(f"mask_token_id {self.mask_token_id} is outside the vocabulary {self.vocab_size}")
-
-    @property
-    def head_dim(self) -> int:
-        "Width of one attention head."
-        return self.hidden_size // self.num_attention_heads
+        self.head_dim = self.hidden_size // heads  # width of one attention head
 
 # %% ../nbs/04_backbone.ipynb #rope_frequencies
 def rope_frequencies(cfg: BackboneConfig) -> Tensor:
@@ -154,9 +146,8 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps)
             self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, layer: int, rope: tuple, table: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int, rope: tuple, table: Tensor | None, causal: bool,
+                cache: KVCache | None) -> Tensor:
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, L, H * head_dim)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projected)
         if hasattr(self, "q_norm"):
@@ -228,19 +219,10 @@ class Backbone(nn.Module):
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self,
-        ids: Tensor,  # (B, L) int64
-        causal: bool | Visibility,  # whether position i sees only up to i; or all about who sees whom
-        attention_mask: Tensor | None = None,  # (B, T), 1 = real; only when padded. With a cache: of all keys
-        document_ids: Tensor | None = None,  # (B, L); tokens then see their own document only
-        *,
-        cache: KVCache | None = None,  # keys and values of other tokens of these rows; is filled
-        at: Tensor | None = None,  # logits only there: int64 places (N,) in the flattened batch
-        shift: bool = False,  # answer for position i from the hidden vector at i-1
-    ) -> Tensor:  # logits (B, L, V), or (N, V) with `at`
-        "Logits. Raises `UserError` for ids outside the vocabulary or more tokens than the context."
-        who = causal if isinstance(causal, Visibility) else Visibility(causal, attention_mask, document_ids)
+    def forward(self, ids: Tensor, causal: bool | Visibility, *, cache: KVCache | None = None,
+                at: Tensor | None = None, shift: bool = False) -> Tensor:
+        "Logits (B, L, V), or (N, V) `at` int64 places of the flattened ids; `shift`: of the vectors before."
+        who = causal if isinstance(causal, Visibility) else Visibility(causal)
         past, seen = (0, None) if cache is None else (cache.length, cache.seen)
         room, size = self.cfg.max_position_embeddings - past, self.cfg.vocab_size
         if not 1 <= ids.shape[-1] <= room:
@@ -258,12 +240,12 @@ class Backbone(nn.Module):
 
 # %% ../nbs/04_backbone.ipynb #Denoiser
 class Denoiser:
-    "Logits for hidden tokens: `denoiser(ids)` everywhere, `denoiser.at(ids, places)` where asked."
+    "Logits for hidden tokens: `denoiser(ids)` everywhere, `.at(ids, places)` where asked; one gives both."
     mask_id: int | None  # id of the token that hides others
 
     def at(self, ids: Tensor, places: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         "Logits (N, V) at int64 places (N,) of the flattened ids (B, L)."
-        raise NotImplementedError
+        return self(ids, attention_mask).flatten(0, 1)[places]
 
     def __call__(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         "Logits (B, L, V)."
@@ -292,42 +274,31 @@ class _FunctionDenoiser(Denoiser):
             raise UserError(f"the denoiser answers ids {tuple(ids.shape)} with {shape}, not logits (B, L, V)")
         return logits
 
-    def at(self, ids: Tensor, places: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self(ids, attention_mask).flatten(0, 1)[places]
-
 
 def as_denoiser(function: Denoiser | Callable[..., Tensor], mask_id: int | None = None) -> Denoiser:
     "A denoiser as it is, or a function ids -> logits (B, L, V) and its mask id as one. Raises `UserError`."
-    known = function.mask_id if isinstance(function, Denoiser) else mask_id
-    if known is None or mask_id not in (None, known):
-        raise UserError(f"mask_id is {mask_id}, the denoiser's {known}; expected that of its mask token")
-    return function if isinstance(function, Denoiser) else _FunctionDenoiser(function, mask_id)
+    denoiser = function if isinstance(function, Denoiser) else _FunctionDenoiser(function, mask_id)
+    if denoiser.mask_id is None or mask_id not in (None, denoiser.mask_id):
+        raise UserError(f"mask_id is {mask_id}, the denoiser's {denoiser.mask_id}: give its mask token's")
+    return denoiser
 
 # %% ../nbs/04_backbone.ipynb #SIZES
 _SIZES = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-_LLADA = dict(vocab_size=126_464, rope_theta=500_000.0)
 PRESETS: dict[str, dict] = {
     "toy": dict(zip(_SIZES, (128, 2, 4, 352)), rope_theta=100.0, qk_norm=True),
     "mini": dict(zip(_SIZES, (256, 4, 4, 704)), qk_norm=True),
     "small": dict(zip(_SIZES, (384, 6, 6, 1024)), qk_norm=True),
     "30m": dict(zip(_SIZES, (512, 8, 8, 1408)), qk_norm=True),
-    "llada-1b": dict(zip(_SIZES, (2048, 22, 32, 5634)), num_key_value_heads=4, **_LLADA),
-    "llada-8b": dict(zip(_SIZES, (4096, 32, 32, 12_288)), **_LLADA),
+    "llada-1b": dict(zip(_SIZES, (2048, 22, 32, 5634)), num_key_value_heads=4, rope_theta=500_000.0),
+    "llada-8b": dict(zip(_SIZES, (4096, 32, 32, 12_288)), rope_theta=500_000.0),
 }
 
 
-def preset(name: str, vocab_size: int | None = None, **changes: object) -> BackboneConfig:
-    "A shape of `PRESETS`, with changes. Raises `UserError` for an unknown name or a missing vocabulary."
+def preset(name: str, vocab_size: int, **changes: object) -> BackboneConfig:
+    "A shape of `PRESETS`, with changes. Raises `UserError` for an unknown name."
     if name not in PRESETS:
         raise UserError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
-    entries = {"vocab_size": vocab_size} | PRESETS[name] | changes
-    return BackboneConfig(**entries | ({"vocab_size": vocab_size} if vocab_size else {}))
-
-
-def count_parameters(model: nn.Module, embeddings: bool = True) -> int:
-    "How many numbers of a `Backbone` are trained; scaling laws count without the embedding and the head."
-    apart = ("embed_tokens.weight", "lm_head.weight")
-    return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.endswith(apart))
+    return BackboneConfig(vocab_size, **PRESETS[name] | changes)
 
 # %% ../nbs/04_backbone.ipynb #to_huggingface
 def to_huggingface(cfg: BackboneConfig) -> dict:
@@ -335,31 +306,25 @@ def to_huggingface(cfg: BackboneConfig) -> dict:
     family, architecture = ("qwen3", "Qwen3ForCausalLM") if cfg.qk_norm else ("llama", "LlamaForCausalLM")
     if cfg.objective != "ar":
         family, architecture = "nanollada", "Backbone"
-    return asdict(cfg) | {
-        "model_type": family, "architectures": [architecture], "head_dim": cfg.head_dim, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-    }
+    return asdict(cfg) | {"model_type": family, "architectures": [architecture], "head_dim": cfg.head_dim}
 
 
 def from_huggingface(entries: dict) -> BackboneConfig:
     "The shape in a config.json that this package wrote; `UserError` if it is of another kind."
     if not {"objective", "vocab_size"} <= entries.keys():
         raise UserError(f"config.json is of a {entries.get('model_type')!r:.40} model, not one trained here")
-    known = {entry.name for entry in fields(BackboneConfig)}
-    return BackboneConfig(**{name: value for name, value in entries.items() if name in known})
+    return BackboneConfig(**{f.name: entries[f.name] for f in fields(BackboneConfig) if f.name in entries})
 
 # %% ../nbs/04_backbone.ipynb #save_run
-def save_run(model: Backbone, tokenizer: object, folder: str | Path, weights: dict | None = None) -> None:
+def save_run(model: Backbone, tokenizer: Tokenizer, folder: str | Path, weights: dict | None = None) -> None:
     "Write a model folder, each file whole or not at all; `weights` by name if the model's own are sharded."
+    folder, weights = Path(folder), weights or model.state_dict()
     names = [name for name, _ in model.named_parameters()]  # tied ones once
-    weights = model.state_dict() if weights is None else weights
-    write_tensors(Path(folder) / "model.safetensors", {name: weights[name] for name in names})
+    write_tensors(folder / "model.safetensors", {name: weights[name] for name in names})
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    more = {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
-    write_json(Path(folder) / "config.json", to_huggingface(model.cfg) | ends | more)
-    write_json(Path(folder) / "generation_config.json", ends)
+    entries = to_huggingface(model.cfg) | ends | {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    write_json(folder / "config.json", entries)
+    write_json(folder / "generation_config.json", ends)
     save_tokenizer(tokenizer, folder)
 
 # %% ../nbs/04_backbone.ipynb #load_run
@@ -367,7 +332,7 @@ def load_run(
     folder: str | Path,  # a run folder
     device: str | torch.device | None = None,  # where to put the model; None = the best device present
     dtype: torch.dtype | None = None,  # of the weights; None = float32, on a GPU with TF32 products
-) -> tuple[Backbone, object, dict]:  # the model for use, its tokenizer, the run's record
+) -> tuple[Backbone, Tokenizer, dict]:  # the model for use, its tokenizer, the run's record
     "Open a run folder. Raises `UserError` if a file is missing or broken or belongs to another run."
     folder, device = Path(folder), pick_device(device)
     entries, path = read_json(folder / "config.json", dict), folder / "model.safetensors"
@@ -377,11 +342,9 @@ def load_run(
     if not same or size > cfg.vocab_size:
         raise UserError(f"{folder}: model and tokenizer ({size} entries, mask id {mask_id}) do not belong "
                         "together: take the tokenizer.json of the training")
-    found = tensor_shapes(path)  # nothing of these sizes is built before the file is known to hold them
-    sizes = {size for shape in found.values() for size in shape} | set(range(len(found)))
-    if not {cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers} <= sizes:
-        raise UserError(f"{path}: holds no model of the sizes in config.json: they are of different models")
-    with torch.device("meta"):
+    if len(tensor_shapes(path)) <= cfg.num_hidden_layers:  # before a billion layers are built, say
+        raise UserError(f"{path}: has fewer layers than config.json says: they are of different models")
+    with torch.device("meta"):  # shapes without memory
         model = Backbone(cfg)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones once
     weights = read_tensors(path, shapes, device, dtype or torch.float32)

@@ -8,24 +8,20 @@ __all__ = ['MASK_BOX', 'canvas_text', 'ChatStep', 'Chat', 'show_in_terminal', 'r
 # %% ../nbs/14a_chat.ipynb #imports
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import count, groupby
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from itertools import groupby
+from typing import NamedTuple, TextIO
 
 from .backbone import Backbone
 from .core import UserError, make_generator, printable
 from .fast import WriteConfig, write_steps
 from .sft import ChatFormat, check_turns, fit_context
-from .tokenizer import encode_batch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+from .tokenizer import Tokenizer
 
 # %% ../nbs/14a_chat.ipynb #MASK_BOX-more
 MASK_BOX = "▒"  # stands for a token not yet written
 
 
-def canvas_text(ids: list[int], tokenizer: "Tokenizer", grows: bool = False) -> str:
+def canvas_text(ids: list[int], tokenizer: Tokenizer, grows: bool = False) -> str:
     "A half-written answer up to its first EOS, with a box for each mask, unless the answer grows at its end."
     ids, text = ids[: [*ids, tokenizer.eos_token_id].index(tokenizer.eos_token_id)], ""
     for is_mask, run in groupby(ids, lambda token: token == tokenizer.mask_token_id):
@@ -38,24 +34,17 @@ def canvas_text(ids: list[int], tokenizer: "Tokenizer", grows: bool = False) -> 
 # %% ../nbs/14a_chat.ipynb #ChatStep
 class ChatStep(NamedTuple):
     "What there is of an answer after a forward pass."
-
     text: str  # so far; masks as boxes
-    done: bool  # whether this is the answer
     passes: int  # forward passes so far
     forgotten: int  # oldest turns left out of the context to make room
 
 # %% ../nbs/14a_chat.ipynb #Chat
 class Chat:
-    "A conversation with a fine-tuned model of either objective."
+    "A conversation with a fine-tuned model of either objective; `settings` are fields of `WriteConfig`."
 
-    def __init__(
-        self, model: Backbone, tokenizer: "Tokenizer",
-        system: str | None = None,  # what the model is told before everything else
-        cfg: WriteConfig | None = None,  # how to write; its fields may follow
-        **changes: object,
-    ):
+    def __init__(self, model: Backbone, tokenizer: Tokenizer, system: str | None = None, **settings: object):
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.cfg, self.form = replace(cfg or WriteConfig(), **changes), ChatFormat(tokenizer)
+        self.cfg, self.form = WriteConfig(**settings), ChatFormat(tokenizer)
         self.cfg.policy(model.cfg.objective, tokenizer.eos_token_id)  # raises for what this model cannot do
         self.reset()
 
@@ -64,17 +53,16 @@ class Chat:
         self.turns = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def stream(self, question: str) -> Iterator[ChatStep]:
-        "The answer while it is written, up to a step that is `done`. Raises `UserError` for a bad question."
+        "The answer while it is written; read to its end, it is remembered. `UserError` for a bad question."
         turns = [*self.turns, {"role": "user", "content": question}]
         check_turns(turns, training=False)
         (context, forgotten), grows = self.context(turns), self.model.cfg.objective == "ar"
         noise = make_generator(self.cfg.seed, "chat", len(turns), device=self.model.lm_head.weight.device)
         for step in write_steps(self.model, [context], self.tokenizer, self.cfg, noise):
             text = canvas_text(step.ids[0, len(context) :].tolist(), self.tokenizer, grows)
-            yield ChatStep(text, False, step.nfe, forgotten)
+            yield ChatStep(text, step.nfe, forgotten)
         if text.strip():
             self.turns = [*turns, {"role": "assistant", "content": text}]
-        yield ChatStep(text, True, step.nfe, forgotten)
 
     def ask(self, question: str) -> str:
         "The answer."
@@ -83,8 +71,7 @@ class Chat:
     def context(self, turns: list[dict[str, str]]) -> tuple[list[int], int]:
         "Ids of the turns that fit, and how many do not. Raises `UserError` if not even the question fits."
         size, n = self.model.cfg.max_position_embeddings, self.cfg.length
-        roles, texts = ([turn[name] for turn in turns] for name in ("role", "content"))
-        found = fit_context(self.form, roles, encode_batch(self.tokenizer, texts), size - n)
+        found = fit_context(self.form, self.form.encode(turns), size - n)
         if found is None:
             raise UserError(f"the question and an answer of {n} tokens do not fit the context of {size}: "
                             "ask something shorter, or lower gen_length")
@@ -102,17 +89,9 @@ def show_in_terminal(steps: Iterator[ChatStep], stdout: TextIO) -> ChatStep:
             live.update(Text(printable(step.text)), refresh=True)
     return step
 
-# %% ../nbs/14a_chat.ipynb #answer_in_pipe
-def _answer_in_pipe(chat: Chat, question: str, number: int) -> str:
-    "The answer as one line."
-    try:
-        return " ".join(printable(chat.ask(question)).splitlines())
-    except UserError as error:
-        raise UserError(f"line {number} of the questions: {error}") from None
-
-
-def _answer_in_terminal(chat: Chat, question: str, stdout: TextIO) -> bool:
-    "Show an answer, or why there is none; whether there is one."
+# %% ../nbs/14a_chat.ipynb #reply
+def _reply(chat: Chat, question: str, stdout: TextIO) -> bool:
+    "Show an answer in a terminal, or why there is none; whether there is one."
     try:
         forgotten = show_in_terminal(chat.stream(question), stdout).forgotten
         stdout.write(f"({forgotten} oldest turns no longer fit and were left out)\n" * (forgotten > 0))
@@ -124,14 +103,11 @@ def _answer_in_terminal(chat: Chat, question: str, stdout: TextIO) -> bool:
     return False
 
 # %% ../nbs/14a_chat.ipynb #run_chat
-def run_chat(
-    model: Backbone, tokenizer: "Tokenizer", system: str | None = None, cfg: WriteConfig | None = None,
-    stdin: TextIO | None = None, stdout: TextIO | None = None,
-) -> int:
+def run_chat(chat: Chat, stdin: TextIO | None = None, stdout: TextIO | None = None) -> int:
     "Answer line after line up to the end or /quit, /reset begins anew; how many. In a pipe errors end it."
-    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    chat, terminal, answered = Chat(model, tokenizer, system, cfg), stdout.isatty(), 0
-    for number in count(1):
+    stdin, stdout, answered = stdin or sys.stdin, stdout or sys.stdout, 0
+    terminal = stdout.isatty()
+    while True:
         stdout.write("> " * (terminal and stdin.isatty()))
         stdout.flush()
         line = stdin.readline()
@@ -142,10 +118,9 @@ def run_chat(
             chat.reset()
         elif terminal and question.startswith("/"):
             stdout.write("(there are /reset and /quit)\n")
-        elif not question:
-            stdout.write("" if terminal else "\n")
         elif terminal:
-            answered += _answer_in_terminal(chat, question, stdout)
+            answered += bool(question) and _reply(chat, question, stdout)
         else:
-            stdout.write(_answer_in_pipe(chat, question, number) + "\n")
-            answered += 1
+            said = question and printable(chat.ask(question))
+            stdout.write(" ".join(said.splitlines()) + "\n")
+            answered += bool(question)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .core import UserError, atomic_path, read_json, read_jsonl, write_json
@@ -23,8 +25,6 @@ from .core import UserError, atomic_path, read_json, read_jsonl, write_json
 # %% ../nbs/98_checkpoint.ipynb #write_tensors
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     "Write tensors by name, whole or not at all. Raises `UserError` if the disk is full."
-    from safetensors.torch import save_file
-
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -35,8 +35,6 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     "Names and shapes by the header of a file; no tensor is read. Raises `UserError` for a broken file."
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected the weights of a trained model")
     try:
@@ -46,24 +44,19 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
 
 # %% ../nbs/98_checkpoint.ipynb #read_tensors
-def read_tensors(
-    path: str | Path, expected: dict[str, tuple], device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, expected: dict[str, tuple], device: str | torch.device = "cpu",
+                 dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     "Tensors of exactly these names and shapes, after a look at the header. `UserError` for others, or NaN."
-    from safetensors import safe_open
-
     found = tensor_shapes(path)
     for name in sorted(expected.keys() | found.keys()):
         have, want = found.get(name), expected.get(name)
         if have != want:
             raise UserError(f"{path}: {name} has shape {have}, not {want}: they are of different models")
-    weights = {}
-    with safe_open(path, "pt", device=str(device)) as file:
-        for name in found:
-            weights[name] = value = file.get_tensor(name).to(dtype=dtype, copy=True)  # a file may change
-            if not value.isfinite().all():
-                raise UserError(f"{path}: {name} holds NaN or infinity; take weights of another training")
+    with safe_open(path, "pt", device=str(device)) as file:  # copied, for a file may change
+        weights = {name: file.get_tensor(name).to(dtype=dtype, copy=True) for name in found}
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; take weights of another training")
     return weights
 
 # %% ../nbs/98_checkpoint.ipynb #lock_folder

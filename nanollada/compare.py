@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Texts', 'time_answer', 'context_ids', 'is_chat', 'Pair', 'open_pair', 'settings_for', 'compare_answers',
            'compare_runs', 'comparison_table', 'comparison_markdown', 'draw_comparison', 'write_comparison',
-           'read_prompts', 'distinct_n', 'repetition_rate', 'unigram_entropy', 'share_of', 'ratio_of',
+           'read_prompts', 'distinct_n', 'repetition_rate', 'unigram_entropy', 'ratio_of', 'share_of',
            'grammatical_share', 'judged_nll', 'score_text', 'score_questions', 'score_samples']
 
 # %% ../nbs/15_compare.ipynb #imports
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,16 +29,15 @@ from .likelihood import bits_per_byte
 from .pretrain import score_documents
 from .sft import QUESTION_FIELDS, ChatFormat, Conversation, exact_match, is_text, with_canvas
 from .sources import read_records
-from .tokenizer import encode
+from .tokenizer import Tokenizer, encode
 from .toy import Language, is_valid
 from .viz import COLOURS, draw_order, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 # %% ../nbs/15_compare.ipynb #time_answer
-def time_answer(model: Backbone, context: list[int], tokenizer: "Tokenizer", cfg: WriteConfig) -> dict:
+def time_answer(model: Backbone, context: list[int], tokenizer: Tokenizer, cfg: WriteConfig) -> dict:
     "Write an answer by the clock: text, tokens before EOS, passes, seconds, and the pass that wrote what."
     moments, made, began = [], [], time.perf_counter()
     for step in write_steps(model, [context], tokenizer, cfg):
@@ -45,20 +45,20 @@ def time_answer(model: Backbone, context: list[int], tokenizer: "Tokenizer", cfg
         made.append(step.committed[0])
     (ids,) = trim_answers(step.ids.cpu(), tokenizer.eos_token_id, len(context))
     order = (torch.stack(made).cpu() * torch.arange(1, len(made) + 1)[:, None]).sum(0)  # committed once each
-    text, seconds = tokenizer.decode(ids, skip_special_tokens=True), moments[-1]
-    return {"text": text, "tokens": len(ids), "forward_passes": step.nfe, "seconds": seconds,
-            "tokens_per_second": len(ids) / seconds, "first_seconds": moments[0], "pass_seconds": moments,
-            "order": order[len(context) :][: len(ids)].tolist(),
-            "pieces": [tokenizer.decode([token]) for token in ids]}
+    return {"text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids),
+            "forward_passes": step.nfe, "first_seconds": moments[0], "seconds": moments[-1],
+            "tokens_per_second": len(ids) / moments[-1], "pass_seconds": moments,
+            "pieces": [tokenizer.decode([token]) for token in ids],
+            "order": order[len(context) :][: len(ids)].tolist()}
 
 # %% ../nbs/15_compare.ipynb #context_ids
-def context_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
+def context_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
     "A prompt as a model was trained to see it: a user's turn, or the beginning of a document."
     if not prompt.strip():
         raise UserError(f"the prompt is {prompt!r}; expected some text")
-    if chat:
-        return ChatFormat(tokenizer).prompt([{"role": "user", "content": prompt}])
-    return [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
+    form = ChatFormat(tokenizer)
+    turn = form.encode([{"role": "user", "content": prompt}])
+    return form.context(turn) if chat else [tokenizer.bos_token_id, *turn[0][1]]
 
 
 def is_chat(info: dict) -> bool:
@@ -68,9 +68,8 @@ def is_chat(info: dict) -> bool:
 # %% ../nbs/15_compare.ipynb #Pair
 class Pair(NamedTuple):
     "Twins: two models of different objectives that read the same ids."
-
     models: dict[str, Backbone]  # "ar" and "diffusion"
-    tokenizer: "Tokenizer"  # of both
+    tokenizer: Tokenizer  # of both
     infos: dict[str, dict]  # what `load_run` knows of each
 
 
@@ -94,43 +93,31 @@ def settings_for(cfg: WriteConfig, info: dict) -> WriteConfig:
     return with_canvas(replace(cfg, **{name: getattr(WriteConfig, name) for name in alien}), info)
 
 
-def compare_answers(
-    pair: Pair, prompts: Sequence[str], cfg: WriteConfig | None = None, repeats: int = 3
-) -> list[dict]:  # for each prompt: prompt, context_tokens, and a record under "ar" and under "diffusion"
+def compare_answers(pair: Pair, prompts: Sequence[str], cfg: WriteConfig, repeats: int = 3) -> list[dict]:
     "Let both models answer each prompt by the clock, and report the middle round by total time."
     if not prompts or repeats < 1:
         raise UserError(f"{len(prompts)} prompts, repeats is {repeats}; expected at least one of each")
-    settings = {name: settings_for(cfg or WriteConfig(), info) for name, info in pair.infos.items()}
+    settings = {name: settings_for(cfg, info) for name, info in pair.infos.items()}
+    contexts = [context_ids(pair.tokenizer, prompt, is_chat(pair.infos["ar"])) for prompt in prompts]
+    for name, how in settings.items():
+        check_room(pair.models[name], max(map(len, contexts)), how.length)
     records = []
-    contexts = [_context(pair, settings, number, prompt) for number, prompt in enumerate(prompts, 1)]
-    for n, (prompt, context) in enumerate(zip(prompts, contexts)):
-        rounds = {name: [] for name in settings}
-        for _ in range(repeats + (n == 0)):  # the very first is to warm up
-            for name, sides in rounds.items():
-                sides.append(time_answer(pair.models[name], context, pair.tokenizer, settings[name]))
-        middle = {name: sorted(sides[-repeats:], key=lambda side: side["seconds"])[repeats // 2]
-                  for name, sides in rounds.items()}
-        records.append({"prompt": prompt, "context_tokens": len(context), **middle})
+    for prompt, context in zip(prompts, contexts):
+        record = {"prompt": prompt, "context_tokens": len(context)}
+        rounds = [{name: time_answer(pair.models[name], context, pair.tokenizer, how)
+                   for name, how in settings.items()} for _ in range(repeats + (not records))]
+        for name in settings:  # the very first round was to warm up
+            timed = sorted((found[name] for found in rounds[-repeats:]), key=itemgetter("seconds"))
+            record[name] = timed[repeats // 2]
+        records.append(record)
     return records
-
-
-def _context(pair: Pair, settings: dict[str, WriteConfig], number: int, prompt: str) -> list[int]:
-    "The ids of a prompt that fits both models."
-    try:
-        ids = context_ids(pair.tokenizer, prompt, is_chat(pair.infos["ar"]))
-        for name, cfg in settings.items():
-            check_room(pair.models[name], len(ids), cfg.length)
-        return ids
-    except UserError as error:
-        raise UserError(f"prompt {number}: {error}") from None
 
 # %% ../nbs/15_compare.ipynb #compare_runs
 def compare_runs(
-    ar: str | Path, diffusion: str | Path, prompts: Sequence[str], cfg: WriteConfig | None = None,
-    device: str | None = None, repeats: int = 3,
+    ar: Path, diffusion: Path, prompts: list[str], cfg: WriteConfig, device: str | None, repeats: int = 3
 ) -> dict:
     "Compare two run folders: all about it, and the answers. Raises `UserError` for what cannot be compared."
-    cfg, pair = cfg or WriteConfig(), open_pair(ar, diffusion, device)
+    pair = open_pair(ar, diffusion, device)
     about = machine_record(pair.models["ar"].lm_head.weight.device) | {
         "ar": str(ar), "diffusion": str(diffusion), "seed": cfg.seed, "repeats": repeats,
         "prompts_are": "questions" if is_chat(pair.infos["ar"]) else "beginnings of documents",
@@ -140,14 +127,11 @@ def compare_runs(
 # %% ../nbs/15_compare.ipynb #comparison_table
 def comparison_table(answers: list[dict]) -> str:
     "Speed of both models in Markdown, one row for each prompt and model."
-    lines = ["| prompt | model | tokens | passes | seconds | tokens/s | first, ms |", "|---" * 7 + "|"]
-    for number, record in enumerate(answers, 1):
-        for name in ("ar", "diffusion"):
-            keys = ("tokens", "forward_passes", "seconds", "tokens_per_second", "first_seconds")
-            tokens, passes, seconds, speed, first = (record[name][key] for key in keys)
-            cells = f"{tokens} | {passes} | {seconds:.3f} | {speed:,.1f} | {1000 * first:.1f}"
-            lines.append(f"| {number} | {name} | {cells} |")
-    return "\n".join(lines)
+    cells = "{tokens} | {forward_passes} | {first_seconds:.4f} | {seconds:.3f} | {tokens_per_second:,.1f}"
+    rows = [f"| {number} | {name} | {cells.format(**record[name])} |"
+            for number, record in enumerate(answers, 1) for name in ("ar", "diffusion")]
+    head = ["| prompt | model | tokens | passes | first, s | all, s | tokens/s |", "|---" * 7 + "|"]
+    return "\n".join(head + rows)
 
 
 def comparison_markdown(report: dict) -> str:
@@ -171,7 +155,7 @@ def draw_comparison(answers: list[dict]) -> "Figure":
     figure, axes = plt.subplots(n, 2, figsize=(11, 2.5 * n), dpi=100, squeeze=False, width_ratios=(5, 3))
     for number, ((grid, progress), record) in enumerate(zip(axes, answers), 1):
         grid.set_title(f"prompt {number}", fontsize=9, loc="left")
-        draw_order(grid, list(map(printable, record["diffusion"]["pieces"])), record["diffusion"]["order"])
+        draw_order(grid, record["diffusion"]["pieces"], record["diffusion"]["order"])
         for colour, name in zip(COLOURS, ("ar", "diffusion")):
             moments = [0.0, *(1000 * seconds for seconds in record[name]["pass_seconds"])]
             done = [sum(k <= n for k in record[name]["order"]) for n in range(len(moments))]
@@ -192,18 +176,15 @@ def write_comparison(report: dict, folder: str | Path) -> list[Path]:
 
 # %% ../nbs/15_compare.ipynb #read_prompts
 def read_prompts(path: str | Path) -> list[str]:
-    "A prompt a line; in .jsonl a string, or an object with a prompt, instruction or question."
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected prompts, one a line")
-    lines = enumerate(Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines(), 1)
-    records, prompts = ((f"{path}:{n}", line.strip()) for n, line in lines), []
-    for place, value in read_records(path) if Path(path).suffix == ".jsonl" else records:
+    "A prompt a line of a .txt; of a .jsonl a string, or an object with a prompt, instruction or question."
+    prompts, by_line = [], Path(path).suffix != ".jsonl"
+    for place, value in read_records(path):
         if isinstance(value, dict):
             value = next((value[name] for name in QUESTION_FIELDS if value.get(name)), None)
         if value != "" and not is_text(value):
             known = f"no prompt; expected text, or an object with one of {', '.join(QUESTION_FIELDS)}"
             raise value if isinstance(value, UserError) else UserError(f"{place}: {known}")
-        prompts += [value.strip()] if value else []
+        prompts += filter(None, map(str.strip, value.splitlines() if by_line else [value]))
     return prompts
 
 # %% ../nbs/15_compare.ipynb #Texts
@@ -234,20 +215,17 @@ def unigram_entropy(texts: Texts) -> float:
     total = counts.total()
     return sum(k / total * math.log(total / k) for k in counts.values()) if total else math.nan
 
-# %% ../nbs/15_compare.ipynb #share_of
+# %% ../nbs/15_compare.ipynb #ratio_of
+def ratio_of(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
+    "The sum over texts by their count, and its standard error over texts; nan where there are too few."
+    n, mean = len(sums), float(sums.sum() / counts.sum())
+    spread = float((sums - mean * counts).norm() / counts.sum())
+    return mean, spread * (n / (n - 1)) ** 0.5 if n > 1 else math.nan
+
+
 def share_of(flags: Sequence[bool]) -> tuple[float, float]:
     "How often something is true, and the standard error."
-    if not len(flags):
-        raise UserError("nothing to count; expected at least one case")
-    share = sum(flags) / len(flags)
-    return share, (share * (1 - share) / len(flags)) ** 0.5
-
-
-def ratio_of(nats: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
-    "Nats of all texts by tokens of all, and its standard error over texts; nan where there are too few."
-    n, mean = len(nats), float(nats.sum() / counts.sum())
-    spread = float((nats - mean * counts).norm() / counts.sum())
-    return mean, spread * (n / (n - 1)) ** 0.5 if n > 1 else math.nan
+    return ratio_of(torch.tensor(flags).double(), torch.ones(len(flags)))
 
 
 def grammatical_share(texts: Sequence[str], language: Language = None) -> tuple[float, float]:
@@ -255,18 +233,17 @@ def grammatical_share(texts: Sequence[str], language: Language = None) -> tuple[
     return share_of([is_valid(text, language) for text in texts])
 
 
-def judged_nll(judge: Backbone, tokenizer: "Tokenizer", texts: Sequence[str]) -> tuple[float, float]:
+def judged_nll(judge: Backbone, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[float, float]:
     "Exact NLL of texts, in nats per token of an autoregressive judge, ends left out, and the standard error."
     if judge.cfg.objective != "ar":
         raise UserError(f"the judge is a {judge.cfg.objective} model; expected an ar one, whose NLL is exact")
     texts = [text for text in texts if text]
-    if not texts:
-        return math.nan, math.nan
-    return ratio_of(*score_documents(judge, tokenizer, texts, score_end=False))
+    found = score_documents(judge, tokenizer, texts, score_end=False) if texts else torch.zeros(2, 1)
+    return ratio_of(*found)
 
 # %% ../nbs/15_compare.ipynb #score_text
 def score_text(
-    model: Backbone, tokenizer: "Tokenizer", texts: Sequence[str], masks: int = 32, canvas: int | None = None,
+    model: Backbone, tokenizer: Tokenizer, texts: Sequence[str], masks: int = 32, canvas: int | None = None,
     content_only: bool = False, seed: int = 0,
 ) -> dict:
     "NLL or NELBO of documents; those that do not fit are counted. Raises `UserError` if none fits."
@@ -291,21 +268,18 @@ def _finite(found: dict) -> dict:
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in found.items()}
 
 # %% ../nbs/15_compare.ipynb #score_questions
-def score_questions(
-    model: Backbone, tokenizer: "Tokenizer", talks: Sequence[Conversation], cfg: WriteConfig
-) -> dict:
-    "How many questions are answered to the letter: exact match with standard error, number, settings."
-    share, error = share_of(exact_match(model, tokenizer, talks, cfg=cfg)[0])
-    return {"exact_match": share, "standard_error": error, "questions": len(talks), "settings": asdict(cfg)}
+def score_questions(model: Backbone, tokenizer: Tokenizer, talks: Sequence, cfg: WriteConfig) -> dict:
+    "How many `Conversation`s are answered to the letter: exact match with standard error, number, settings."
+    share, error = share_of(exact_match(model, tokenizer, talks, **vars(cfg))[0])
+    found = {"exact_match": share, "standard_error": error, "questions": len(talks), "settings": asdict(cfg)}
+    return _finite(found)
 
 
 def score_samples(
-    model: Backbone, tokenizer: "Tokenizer", n: int, cfg: WriteConfig, judge: Backbone | None = None,
-    judge_tokenizer: "Tokenizer | None" = None, language: Language | bool = False,
+    model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig, judge: Backbone | None = None,
+    judge_tokenizer: "Tokenizer | None" = None, language: Language | bool = False
 ) -> dict:
     "What n new documents are like: variety, likelihood under a judge, grammar unless language is False."
-    if n < 2:
-        raise UserError(f"samples is {n}; expected at least 2, to compare them with one another")
     noise = make_generator(cfg.seed, "samples", device=model.lm_head.weight.device)
     rows = write_ids(model, [[tokenizer.bos_token_id]] * n, tokenizer, cfg, noise)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]

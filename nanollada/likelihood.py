@@ -18,7 +18,7 @@ from torch import Tensor
 from .ar import Batch
 from .backbone import Denoiser, as_denoiser
 from .core import UserError
-from .elbo import masked_ce, mean_and_error, nelbo_replicates
+from .elbo import AnyDenoiser, masked_ce, mean_and_error, nelbo_replicates
 from .sampler import GuidedDenoiser, generate
 
 # %% ../nbs/12_likelihood.ipynb #Ids
@@ -30,13 +30,11 @@ def _ids(name: str, value: Ids, mask_id: int, least: int) -> Tensor:
     ids = torch.as_tensor(value).cpu()
     ids = ids if ids.numel() else torch.zeros(0, dtype=torch.long)
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) < least:
-        raise UserError(f"{name} is {ids.dtype} of shape {tuple(ids.shape)}; expected one row of integer ids "
-                        f"({least} or more)")
+        raise UserError(f"{name} is {ids.dtype} {[*ids.shape]}; expected one row of integer ids (>= {least})")
     wrong = (ids == mask_id) | (ids < 0)
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        raise UserError(f"{name} contains {ids[i]} at position {i}: only real tokens have a likelihood, "
-                        f"neither the mask ({mask_id}) nor labels like -100")
+        raise UserError(f"{name} contains {ids[i]} at position {i}; mask ({mask_id}) and labels are no text")
     return ids.long()
 
 
@@ -62,28 +60,21 @@ class Estimate(NamedTuple):
     standard_error: float  # nats; 0 if exact, inf if a single replicate cannot tell
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Likelihoods:
-    "Estimates of log p(answer | prompt) for N pairs, in nats."
+    "Estimates of log p(answer | prompt) for N pairs: `mean` and `standard_error` in nats, float64 (N,)."
 
     replicates: Tensor  # float64 (N, R), independent estimates; all equal where exact
     exact: Tensor  # bool (N,), whether the estimate is free of chance
+
+    def __post_init__(self) -> None:
+        self.mean, self.standard_error = mean_and_error(self.replicates, self.exact)
 
     def __len__(self) -> int:
         return len(self.exact)
 
     def __getitem__(self, i: int) -> Estimate:
-        return Estimate(*(float(x) for x in mean_and_error(self.replicates[[i]], self.exact[[i]])))
-
-    @property
-    def mean(self) -> Tensor:
-        "The estimates, float64 (N,)."
-        return mean_and_error(self.replicates, self.exact)[0]
-
-    @property
-    def standard_error(self) -> Tensor:
-        "Their standard errors, float64 (N,)."
-        return mean_and_error(self.replicates, self.exact)[1]
+        return Estimate(float(self.mean[i]), float(self.standard_error[i]))
 
 # %% ../nbs/12_likelihood.ipynb #guided
 def _guided(denoiser: Denoiser, cfg_scale: float) -> Callable[[Batch], Denoiser]:
@@ -102,14 +93,13 @@ def _score(
 
 
 def log_likelihood_batch(
-    denoiser: Denoiser | Callable[..., Tensor],  # a denoiser, or ids (B, L) -> logits (B, L, V)
+    denoiser: AnyDenoiser,  # a denoiser, or a function ids (B, L) -> logits (B, L, V)
     prompts: Sequence[Ids],  # N prompts, each a row of ids; may be empty
     answers: Sequence[Ids],  # N answers, each a row of at least one id
     mask_id: int | None = None,  # id of the mask token; a `Denoiser` knows its own
     n_samples: int = 128,  # masks per answer; an answer that has no more masks than this is done exactly
     cfg_scale: float = 0.0,  # guidance scale w >= 0; 0 is off
-    batch_size: int = 64,  # rows of one forward pass (twice that under guidance)
-    generator: torch.Generator | None = None,  # random stream
+    batch_size: int = 64, generator: torch.Generator | None = None,  # twice as many rows under guidance
 ) -> Likelihoods:  # N estimates; indexing gives (mean, standard_error)
     "Estimate log p(answer | prompt) of many pairs by LLaDA Eq. 6. Raises `UserError` on bad input."
     denoiser = as_denoiser(denoiser, mask_id)
@@ -118,33 +108,22 @@ def log_likelihood_batch(
 
 
 def log_likelihood(
-    denoiser: Denoiser | Callable[..., Tensor],
-    prompt: Ids,  # ids (P,); may be empty
-    answer: Ids,  # ids (L,), at least one
-    mask_id: int | None = None, n_samples: int = 128, cfg_scale: float = 0.0, batch_size: int = 64,
-    generator: torch.Generator | None = None,
-) -> Estimate:  # (mean, standard_error) in nats; the error is 0 where exact, inf for a single sample
-    "Estimate log p(answer | prompt): `log_likelihood_batch` of one pair. Raises `UserError` on bad input."
-    return log_likelihood_batch(
-        denoiser, [prompt], [answer], mask_id, n_samples, cfg_scale, batch_size, generator)[0]
+    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None, **settings: object,
+) -> Estimate:
+    "Log p(answer | prompt) in nats and its error: `log_likelihood_batch`, with its settings, of one pair."
+    return log_likelihood_batch(denoiser, [prompt], [answer], mask_id, **settings)[0]
 
 # %% ../nbs/12_likelihood.ipynb #ChoiceScores
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ChoiceScores:
-    "Scores of the choices of one question."
+    "The choices of one question: normalised log-likelihoods `scores` (C,) and the `best` choice."
 
     likelihoods: Likelihoods  # log p(choice | prompt), not normalised
     units: Tensor  # float64 (C,), what each is divided by; ones if nothing is normalised
 
-    @property
-    def scores(self) -> Tensor:
-        "Normalised log-likelihoods, float64 (C,); the largest wins."
-        return self.likelihoods.mean / self.units
-
-    @property
-    def best(self) -> int:
-        "The choice with the largest score, the first of equals."
-        return int(self.scores.argmax())
+    def __post_init__(self) -> None:
+        self.scores = self.likelihoods.mean / self.units
+        self.best = int(self.scores.argmax())
 
     def difference(self, a: int, b: int) -> Estimate:
         "How much better choice `a` is than `b`, with the error bar of the difference itself."
@@ -162,9 +141,7 @@ class ChoiceScores:
 
 # %% ../nbs/12_likelihood.ipynb #score_choices
 def score_choices(
-    denoiser: Denoiser | Callable[..., Tensor],
-    prompt: Ids,  # ids (P,) of the question; may be empty
-    choices: Sequence[Ids],  # C answers, each a row of ids
+    denoiser: AnyDenoiser, prompt: Ids, choices: Sequence[Ids],  # C answers
     mask_id: int | None = None, n_samples: int = 128, cfg_scale: float = 0.0,  # as in `log_likelihood`
     normalize: str | Sequence[int] = "none",  # "none": log p; "tokens": per token; or C sizes, such as bytes
     generator: torch.Generator | None = None,
@@ -182,10 +159,9 @@ def score_choices(
 # %% ../nbs/12_likelihood.ipynb #chain_rule_log_likelihood
 @torch.no_grad()
 def chain_rule_log_likelihood(
-    denoiser: Denoiser | Callable[..., Tensor], prompt: Ids, answer: Ids, mask_id: int | None = None,
+    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
     order: Sequence[int] | None = None,  # order of filling in, a permutation of 0..L-1; default left to right
-    cfg_scale: float = 0.0,  # guidance scale w >= 0
-    batch_size: int = 64,  # rows of one forward pass
+    cfg_scale: float = 0.0, batch_size: int = 64,
 ) -> float:  # nats; exact, L rows
     "The log-probability that filling in one token at a time in this order gives `answer` (SMDM, chain rule)."
     denoiser = as_denoiser(denoiser, mask_id)
@@ -206,9 +182,8 @@ def chain_rule_log_likelihood(
 
 # %% ../nbs/12_likelihood.ipynb #greedy_match
 def greedy_match(
-    denoiser: Denoiser | Callable[..., Tensor], prompt: Ids, answer: Ids,
-    mask_id: int | None = None, cfg_scale: float = 0.0,
-) -> bool:  # True if greedy decoding writes this answer
+    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None, cfg_scale: float = 0.0,
+) -> bool:
     "Whether unmasking the most confident token at a time yields `answer`: L passes. Raises `UserError`."
     denoiser = as_denoiser(denoiser, mask_id)
     ids = _pack([prompt], [answer], denoiser.mask_id)["ids"]
@@ -216,11 +191,8 @@ def greedy_match(
     return bool((written == ids).all())
 
 # %% ../nbs/12_likelihood.ipynb #bits_per_byte
-def bits_per_byte(
-    nats: float,  # NLL or NELBO of a text, or an error bar of it
-    n_bytes: int,  # its length in UTF-8 bytes, or in characters for bits per character
-) -> float:  # bits
-    "Nats of a whole text to bits per byte. Raises `UserError` unless the text has at least one byte."
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    "Nats of a whole text in bits per byte (or per character, given these). Raises `UserError` for no text."
     if n_bytes < 1:
         raise UserError(f"n_bytes is {n_bytes}; expected the text's size in bytes, at least 1")
     return float(nats) / (math.log(2) * n_bytes)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'check_maskable', 'uniform', 'mask_tokens', 'sample_t', 'Schedule', 'get_schedule', 'noise_batch',
-           'mask_exactly', 'fixed_count_batch', 'complementary', 'subs_logits']
+           'mask_exactly', 'fixed_count_batch']
 
 # %% ../nbs/06_masking.ipynb #imports
 import math
@@ -56,13 +56,11 @@ def mask_tokens(
 
 # %% ../nbs/06_masking.ipynb #sample_t
 def sample_t(
-    batch_size: int,  # how many noise levels, B
-    generator: torch.Generator | None = None,  # random stream
+    batch_size: int, generator: torch.Generator | None = None,
     stratified: bool = True,  # equally spaced with one offset (MDLM), in random order; else independent
-    eps: float = 0.0,  # smallest noise level, in [0, 1): t becomes (1 - eps) t + eps
-    device: torch.device | str = "cpu",  # where they are wanted
-) -> Tensor:  # float32 (B,) in (0, 1]
-    "One noise level per row, uniform on (eps, 1]. Raises `UserError` for no rows or `eps` outside [0, 1)."
+    eps: float = 0.0, device: torch.device | str = "cpu",
+) -> Tensor:
+    "Noise levels (B,), uniform on (eps, 1], 0 <= eps < 1. Raises `UserError` for no rows or another `eps`."
     if batch_size < 1 or not 0 <= eps < 1:
         raise UserError(f"batch_size is {batch_size} and eps {eps}; expected at least 1 row and 0 <= eps < 1")
     u = uniform((batch_size,), device, generator)
@@ -119,11 +117,10 @@ def noise_batch(
 
 # %% ../nbs/06_masking.ipynb #mask_exactly
 def mask_exactly(
-    x0: Tensor, counts: Tensor,  # how many tokens to mask in each row (B,), at most what is maskable there
-    mask_id: int, maskable: Tensor | None = None, generator: torch.Generator | None = None,
-    tickets: Tensor | None = None,  # (B, L) below 1: the lowest of a row are masked; drawn unless given
-) -> tuple[Tensor, Tensor]:  # noisy ids (B, L) and the bool mask (B, L)
-    "Mask a uniformly drawn subset of each row's maskable tokens, of the given size."
+    x0: Tensor, counts: Tensor, mask_id: int, maskable: Tensor | None = None,
+    generator: torch.Generator | None = None, tickets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    "Mask `counts` (B,) of each row's maskable tokens: those of the lowest `tickets` (B, L), below 1, or any."
     maskable = check_maskable(x0, mask_id, maskable)
     counts, n = counts.to(x0.device), maskable.sum(1)
     _require((counts >= 0) & (counts <= n), lambda: f"counts are {counts.tolist()}, rows allow {n.tolist()}")
@@ -134,9 +131,8 @@ def mask_exactly(
 # %% ../nbs/06_masking.ipynb #fixed_count_batch
 def fixed_count_batch(
     x0: Tensor, mask_id: int, maskable: Tensor | None = None, generator: torch.Generator | None = None,
-    stratified: bool = False,  # spread the counts of the batch evenly
-    t: Tensor | None = None,  # noise levels (B,) in (0, 1] to use instead of drawing them
-) -> dict[str, Tensor]:  # ids, xt and mask (B, L); masked share t (B,); weight (B, 1)
+    stratified: bool = False, t: Tensor | None = None,
+) -> dict[str, Tensor]:  # as in `noise_batch`; t is the share that is masked
     "Mask l of the n maskable tokens of each row, l uniform on 1..n; the weight is n/l (LLaDA, Eq. 6)."
     n = check_maskable(x0, mask_id, maskable).sum(1)
     t = _check_t(sample_t(len(x0), generator, stratified, device=x0.device) if t is None else t, x0)
@@ -144,17 +140,3 @@ def fixed_count_batch(
     xt, mask = mask_exactly(x0, counts, mask_id, maskable, generator)
     weight = (n / counts.clamp(min=1))[:, None]  # 0 for a row in which nothing may be masked
     return {"ids": x0, "xt": xt, "mask": mask, "t": counts / n.clamp(min=1), "weight": weight}
-
-# %% ../nbs/06_masking.ipynb #complementary
-def complementary(noised: dict[str, Tensor], mask_id: int, maskable: Tensor | None = None) -> dict:
-    "Mask exactly what `noise_batch` left visible (linear, t in [eps, 1 - eps]); the weight is 1 / (1 - t)."
-    maskable = check_maskable(noised["ids"], mask_id, maskable)
-    mask, t, weight = maskable & ~noised["mask"], 1 - noised["t"], noised["weight"][:, 0]
-    _require((weight * noised["t"] - 1).abs() < 1e-4, lambda: "pairs need weights of 1/t: schedule='linear'")
-    weight = torch.where(t > 0, 1 / t, 0.0)[:, None]  # t = 0 masks nothing
-    return noised | {"xt": torch.where(mask, mask_id, noised["ids"]), "mask": mask, "t": t, "weight": weight}
-
-# %% ../nbs/06_masking.ipynb #subs_logits
-def subs_logits(logits: Tensor, mask_id: int) -> Tensor:
-    "Logits (..., V) that never predict MASK; its share goes to the other tokens (MDLM, SUBS)."
-    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, -torch.inf)

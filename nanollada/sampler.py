@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['CONFIDENCE_RULES', 'RANDOM_RULES', 'RULES', 'NOTHING', 'num_transfer_tokens', 'choose_tokens', 'confidence',
            'most_confident', 'Policy', 'Step', 'blocks_of', 'unfinished', 'opened', 'Writing', 'noise', 'forbid',
-           'draw', 'score', 'close_at_eos', 'by_threshold', 'choose', 'settled', 'spread', 'advance', 'turns', 'passes',
-           'check_canvas', 'write', 'GuidedDenoiser', 'prompt_canvas', 'left_pad', 'finish', 'generate']
+           'draw', 'score', 'close_at_eos', 'by_threshold', 'choose', 'settled', 'turns', 'passes', 'advance', 'spread',
+           'record', 'write', 'GuidedDenoiser', 'prompt_canvas', 'left_pad', 'finish', 'generate']
 
 # %% ../nbs/10_sampler.ipynb #imports
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .ar import filter_logits
 from .backbone import Denoiser, as_denoiser
@@ -38,7 +40,7 @@ def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = N
     gumbel = torch.log(uniform).neg_().log_().neg_()  # the first log is a new tensor, the rest are done in it
     return torch.add(logits.to(gumbel), gumbel, alpha=temperature).argmax(-1)
 
-# %% ../nbs/10_sampler.ipynb #confidence
+# %% ../nbs/10_sampler.ipynb #CONFIDENCE_RULES
 CONFIDENCE_RULES = ("low_confidence", "margin", "entropy")
 RANDOM_RULES = ("random", "random_bernoulli", "ancestral")
 RULES = CONFIDENCE_RULES + RANDOM_RULES
@@ -69,8 +71,8 @@ class Policy:
     block_length: int | None = None  # tokens written together, left to right; None: all at once
     temperature: float = 0.0  # 0 takes the likeliest token; "ancestral" always samples at 1
     remasking: str = "low_confidence"  # which proposals are kept: one of CONFIDENCE_RULES or RANDOM_RULES
-    commit: str | Callable = "quota"  # or "threshold", or a function (score (B, n), policy) -> bool (B, n)
-    limit: float = 0.9  # of "threshold", a probability; or of such a function
+    commit: str | Callable = "quota"  # or a rule: a function (score (B, n), policy) -> bool (B, n)
+    limit: float = 0.9  # of such a rule
     patience: int | None = None  # commit a block whose proposals stayed for so many passes; None: never
     cfg_scale: float = 0.0  # strength of guidance by the given text
     top_k: int | None = None  # above temperature 0: draw from the k likeliest tokens
@@ -81,24 +83,23 @@ class Policy:
     subs: bool = True  # never predict the mask token (MDLM, SUBS)
 
     def __post_init__(self) -> None:
+        def require(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+
+        heat, rule, sure = self.temperature, callable(self.commit), self.remasking in CONFIDENCE_RULES
         for name in ("steps", "block_length", "patience", "top_k"):
             n = getattr(self, name)
-            self._require(name, n is None or (isinstance(n, int) and n > 0), "a whole number, at least 1")
-        heat = self.temperature
-        self._require("remasking", self.remasking in RULES, "one of " + ", ".join(RULES))
-        rule = self.commit == "threshold" or callable(self.commit)
-        self._require("commit", rule or self.commit == "quota", "quota, threshold or a function")
-        unsure = self.remasking in RANDOM_RULES and (rule or self.suppress_confidence)
-        self._require("remasking", not unsure, "a confidence, for suppress_confidence or commit")
-        heat_ok = heat in (0, 1) if self.remasking == "ancestral" else heat == 0 or 1e-6 <= heat < math.inf
-        self._require("temperature", heat_ok, "0, or 1e-6 and more, and finite; 1 for ancestral")
+            require(name, n is None or (isinstance(n, int) and n > 0), "a whole number, at least 1")
         for name in ("cfg_scale", "limit"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
-        self._require("top_p", self.top_p is None or 0 < self.top_p <= 1, "a share above 0 and up to 1")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+            require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        require("top_p", self.top_p is None or 0 < self.top_p <= 1, "a share above 0 and up to 1")
+        require("commit", rule or self.commit == "quota", "quota or a function")
+        require("remasking", self.remasking in RULES, "one of " + ", ".join(RULES))
+        unsure = not sure and (rule or self.suppress_confidence)
+        require("remasking", not unsure, "a confidence, for suppress_confidence or commit")
+        heats = heat in (0, 1) if self.remasking == "ancestral" else heat == 0 or 1e-6 <= heat < math.inf
+        require("temperature", heats, "0, or 1e-6 and more, and finite; 1 for ancestral")
 
 # %% ../nbs/10_sampler.ipynb #Step
 @dataclass(eq=False)
@@ -110,9 +111,8 @@ class Step:
     block: int  # number of the block, from 0
     before: Tensor  # bool (B, L), what was to do before it
     after: Tensor  # and after it
-    lo: int  # first column of the window that it looked at
-    asked: Tensor  # bool (B, n), where in this window it drew a token
-    tokens: Tensor  # those N tokens
+    places: Tensor  # where it drew a token: int64 (N,), in the flattened canvas
+    tokens: Tensor  # those tokens
     sure: Tensor  # their probabilities (N,), or the logits (N, V) to compute them from
 
     @property
@@ -123,17 +123,13 @@ class Step:
     @property
     def proposed(self) -> Tensor:
         "The canvas (B, L) with every proposal in it, kept or not."
-        return self._spread(self.ids, self.tokens)
+        return self.ids.put(self.places, self.tokens)
 
     @property
     def confidence(self) -> Tensor:
         "Probability of each proposal (B, L), NaN where there was none."
         sure = confidence(self.sure, self.tokens) if self.sure.dim() == 2 else self.sure
-        return self._spread(sure.new_full(self.ids.shape, math.nan), sure)
-
-    def _spread(self, canvas: Tensor, values: Tensor) -> Tensor:
-        behind = canvas.shape[1] - self.lo - self.asked.shape[1]
-        return canvas.masked_scatter(F.pad(self.asked, (self.lo, behind)), values)
+        return sure.new_full(self.ids.shape, math.nan).put(self.places, sure)
 
 # %% ../nbs/10_sampler.ipynb #blocks_of
 def blocks_of(maskable: Tensor, block_length: int | None = None) -> list[tuple[int, int, Tensor]]:
@@ -146,7 +142,7 @@ def blocks_of(maskable: Tensor, block_length: int | None = None) -> list[tuple[i
     hi = edges.scatter_reduce(0, wanted, columns + 1, "amax").tolist()
     return [(a, b, numbers[:, a:b] == k) for k, (a, b) in enumerate(zip(lo, hi))]
 
-# %% ../nbs/10_sampler.ipynb #Writing
+# %% ../nbs/10_sampler.ipynb #unfinished
 def unfinished(todo: Tensor) -> Tensor:
     "What is still to do (B, L), on the CPU: the only question of a pass that has to wait for a GPU."
     return todo.cpu()
@@ -158,16 +154,16 @@ def opened(denoiser: Denoiser, ids: Tensor, real: Tensor | None) -> Denoiser:
 
 
 class Writing:
-    "A batch in the making, and what the host knows of it, for plans are made on the host."
+    "A batch in the making. The host knows what was to do, and plans; the device knows what is."
 
-    generator: torch.Generator | Sequence[torch.Generator] | None = None
-
-    def __init__(self, denoiser: Denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real: object):
-        self.policy, self.mask_id, self.real, self.known = policy, denoiser.mask_id, real, maskable
-        self.maskable = self.todo = maskable.to(canvas.device)
-        self.ids, self.nfe = canvas.masked_fill(self.todo, self.mask_id), 0
-        self.places, self.banned = torch.arange(canvas.numel()).view(canvas.shape), None
+    def __init__(
+        self, denoiser: Denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real=None, generator=None
+    ):
+        self.policy, self.mask_id, self.real, self.generator = policy, denoiser.mask_id, real, generator
+        self.known, self.maskable, self.nfe = maskable, maskable.to(canvas.device), 0
+        self.todo, self.ids = self.maskable, canvas.masked_fill(self.maskable, self.mask_id)
         self.last, self.same = canvas.clone(), torch.zeros_like(canvas[:, :1])  # proposals; how long the same
+        self.grid, self.banned = torch.arange(canvas.numel()).view(canvas.shape), None
         self.denoiser = opened(denoiser, self.ids, real)
         self.focus, self.on_host = getattr(self.denoiser, "focus", None), canvas.device.type == "cpu"
         self.blind = policy.commit == "quota" and policy.eos_id is None and policy.patience is None
@@ -176,20 +172,26 @@ class Writing:
         "A tensor of the host where the canvas is."
         return host.to(self.ids.device, non_blocking=True)
 
+    def look(self, lo: int, asked: Tensor) -> bool:
+        "Turn to the places (B, n) from column lo on that are asked for; whether there are any."
+        self.lo, self.hi, self.asked, self.counts = lo, lo + asked.shape[1], asked, asked.sum(1).tolist()
+        places = self.grid[:, lo : self.hi]
+        self.places = places.reshape(-1) if sum(self.counts) == asked.numel() else places[asked]
+        return len(self.places) > 0
+
 # %% ../nbs/10_sampler.ipynb #noise
-def noise(w: Writing, asked: Tensor, lo: int, width: int) -> Tensor:
+def noise(w: Writing, width: int) -> Tensor:
     "Uniform (N, width): from one generator for the whole canvas, as the official code, or one for each row."
-    g, home, places = w.generator, w.ids.device, w.places[:, lo : lo + asked.shape[1]][asked]
+    g, home = w.generator, w.ids.device
     kind = torch.float32 if home.type == "mps" or width == 1 else torch.float64  # mps has no float64
     if isinstance(g, Sequence):
-        rows = zip(g, asked.sum(1).tolist())
-        drawn = [torch.rand(n, width, generator=s, device=s.device, dtype=kind) for s, n in rows]
+        drawn = [torch.rand(n, width, generator=s, device=s.device, dtype=kind) for s, n in zip(g, w.counts)]
         return torch.cat(drawn).to(home)
-    source, rows = home if g is None else g.device, len(places) if w.focus else w.ids.numel()
-    u = torch.rand(rows, width, generator=g, device=source, dtype=kind)
-    return (u if w.focus else u[places.to(source)]).to(home)
+    source, n = home if g is None else g.device, len(w.places) if w.focus else w.ids.numel()
+    u = torch.rand(n, width, generator=g, device=source, dtype=kind)
+    return (u if w.focus else u[w.places.to(source)]).to(home)
 
-# %% ../nbs/10_sampler.ipynb #draw
+# %% ../nbs/10_sampler.ipynb #forbid
 def forbid(w: Writing, logits: Tensor) -> Tensor:
     "The logits, but -inf for MASK and `suppress_tokens`; ids outside the vocabulary are ignored."
     if w.banned is None:
@@ -198,25 +200,25 @@ def forbid(w: Writing, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, w.banned, -math.inf) if len(w.banned) else logits
 
 
-def draw(w: Writing, logits: Tensor, asked: Tensor, lo: int) -> Tensor:
+def draw(w: Writing, logits: Tensor) -> Tensor:
     "A token (N,) for each place."
     policy, heat = w.policy, 1.0 if w.policy.remasking == "ancestral" else w.policy.temperature
     if heat == 0:
         return logits.argmax(-1)
-    u = noise(w, asked, lo, logits.shape[-1])
+    u = noise(w, logits.shape[-1])
     if policy.top_k is None and policy.top_p is None:
         return choose_tokens(logits, heat, u)
     return choose_tokens(filter_logits(logits.to(u), heat, policy.top_k, policy.top_p), 1.0, u)
 
 
-def score(w: Writing, logits: Tensor, tokens: Tensor, asked: Tensor, lo: int) -> Tensor:
+def score(w: Writing, logits: Tensor, tokens: Tensor) -> Tensor:
     "How much the policy wants each proposal (N,); NaN where the logits are."
-    rule, alone, late = w.policy.remasking, asked.shape[1] == 1, w.policy.suppress_confidence
+    rule, alone, late = w.policy.remasking, w.hi - w.lo == 1, w.policy.suppress_confidence
     if rule in CONFIDENCE_RULES and not alone and not late:
         return confidence(logits, tokens, rule)
     never = 0 * logits.gather(-1, tokens[:, None])[:, 0]  # 0, or NaN
     if rule in RANDOM_RULES or alone:
-        return never + noise(w, asked, lo, 1)[:, 0] if rule == "random" and not alone else never
+        return never + noise(w, 1)[:, 0] if rule == "random" and not alone else never
     late = w.here(torch.tensor([*late]))
     sure = confidence(logits.index_fill(-1, late, -math.inf), tokens, rule)  # as if they were impossible
     return never + sure.masked_fill(torch.isin(tokens, late), torch.finfo(sure.dtype).min)
@@ -232,7 +234,7 @@ def close_at_eos(ids: Tensor, todo: Tensor, maskable: Tensor, eos_id: int) -> tu
     tail = maskable & (n_ends > 0) & ~waiting
     return ids.masked_fill(tail, eos_id), todo & ~tail
 
-# %% ../nbs/10_sampler.ipynb #choose
+# %% ../nbs/10_sampler.ipynb #by_threshold
 def by_threshold(score: Tensor, policy: Policy) -> Tensor:
     "All proposals of at least the probability `limit`, and always the best one (Fast-dLLM, §3.3)."
     return (score >= policy.limit).scatter(1, score.argmax(1, keepdim=True), True)
@@ -240,54 +242,19 @@ def by_threshold(score: Tensor, policy: Policy) -> Tensor:
 
 def choose(policy: Policy, score: Tensor, quota: Tensor | None) -> Tensor:
     "Bool (B, n): what the policy commits, never what is closed (-inf) or comes from NaN."
-    usable = score > -math.inf
     if score.shape[1] == 1:
-        return usable
-    if quota is None:
-        return usable & (by_threshold if policy.commit == "threshold" else policy.commit)(score, policy)
-    if quota.max() > 1:
-        return usable & most_confident(score, quota.to(score.device))
-    return usable & torch.zeros_like(usable).scatter(1, score.argmax(1, keepdim=True), True)
+        return score > -math.inf
+    if quota is not None:
+        return most_confident(score, quota.to(score.device))
+    return policy.commit(score, policy) & (score > -math.inf)
 
-# %% ../nbs/10_sampler.ipynb #settled
-def settled(w: Writing, proposed: Tensor, asked: Tensor, lo: int, fresh: bool) -> Tensor:
+
+def settled(w: Writing, proposed: Tensor, asked: Tensor, fresh: bool) -> Tensor:
     "Bool (B, 1): rows whose open proposals have been the same for `patience` passes."
-    last = w.last[:, lo : lo + asked.shape[1]]
-    same = ((proposed == last) | ~asked).all(1, keepdim=True)
+    same = ((proposed == w.last[:, w.lo : w.hi]) | ~asked).all(1, keepdim=True)
     w.same = torch.where(same, w.same + 1, 0) * (not fresh)
-    last.copy_(proposed)
+    w.last[:, w.lo : w.hi] = proposed
     return w.same >= w.policy.patience
-
-
-def spread(values: Tensor, asked: Tensor, canvas: Tensor) -> Tensor:
-    "A window (B, n) of the canvas with these values (N,) where they were asked for."
-    return values.view(asked.shape) if len(values) == asked.numel() else canvas.masked_scatter(asked, values)
-
-# %% ../nbs/10_sampler.ipynb #advance
-def advance(w: Writing, asked: Tensor, counts: list, lo: int, quota: Tensor | None, fresh: bool) -> tuple:
-    "A forward pass for the places (B, n) from column lo on that are asked for: the last fields of a `Step`."
-    hi, places = lo + asked.shape[1], w.places[:, lo : lo + asked.shape[1]]
-    places = w.here(places.reshape(-1) if sum(counts) == asked.numel() else places[asked])
-    if w.focus:
-        w.focus(lo, hi, [row for row, n in enumerate(counts) if n], fresh)
-    logits = forbid(w, w.denoiser.at(w.ids, places, w.real))
-    tokens = draw(w, logits, asked, lo)
-    wanted = score(w, logits, tokens, asked, lo)
-    asked, before, ids, todo = w.here(asked), w.todo, w.ids.clone(), w.todo.clone()
-    window, still = ids[:, lo:hi], todo[:, lo:hi]
-    proposed, table = spread(tokens, asked, window), wanted.new_full(asked.shape, -math.inf)
-    table = spread(wanted, asked, table)
-    table = table if w.on_host else table.masked_fill(~still, -math.inf)
-    commit = choose(w.policy, table, quota)
-    if w.policy.patience is not None:
-        commit |= settled(w, proposed, asked, lo, fresh) & (table > -math.inf)
-    window.copy_(torch.where(commit, proposed, window))
-    still &= ~commit
-    w.ids, w.todo, w.nfe, eos_id = ids, todo, w.nfe + 1, w.policy.eos_id
-    if eos_id is not None:
-        w.ids, w.todo = close_at_eos(ids, todo, w.maskable, eos_id)
-    is_sure = w.policy.remasking == "low_confidence" and not w.policy.suppress_confidence and hi - lo > 1
-    return before, todo, lo, asked, tokens, wanted if is_sure else logits
 
 # %% ../nbs/10_sampler.ipynb #turns
 def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -296,7 +263,8 @@ def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Ten
         while (w.known[:, lo : lo + inside.shape[1]] & inside).any():
             yield inside, None
     elif w.policy.remasking in ("random_bernoulli", "ancestral"):  # each place is due at a time of its own
-        time = (noise(w, inside, lo, 1)[:, 0].cpu().double() * min(steps, 2**24)).floor()
+        w.look(lo, inside)
+        time = (noise(w, 1)[:, 0].cpu().double() * min(steps, 2**24)).floor()
         when = torch.full(inside.shape, -1.0, dtype=time.dtype).masked_scatter(inside, time)
         for now in time.unique().tolist():
             yield when == now, (when == now).sum(1)
@@ -307,7 +275,7 @@ def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Ten
         for quota in num_transfer_tokens(counts, min(steps, int(counts.max()))).unbind(1):
             yield inside & (quota > 0)[:, None], quota
 
-# %% ../nbs/10_sampler.ipynb #passes
+# %% ../nbs/10_sampler.ipynb #NOTHING
 NOTHING = "a pass wrote nothing: NaN or infinite logits, all tokens suppressed, or commit chose nothing"
 
 
@@ -315,33 +283,56 @@ NOTHING = "a pass wrote nothing: NaN or infinite logits, all tokens suppressed, 
 def passes(w: Writing, blocks: list[tuple[int, int, Tensor]], steps: int) -> Iterator[Step]:
     "Write block by block. Raises `UserError` when a pass with something to do does nothing."
     for number, (lo, hi, inside) in enumerate(blocks):
-        fresh = True
+        before = w.nfe
         for due, quota in turns(w, lo, inside, steps):
-            asked = w.known[:, lo:hi] & due
-            counts = asked.sum(1).tolist()
-            if not any(counts):
-                continue  # rows that are closed
-            made, fresh = advance(w, asked, counts, lo, quota, fresh), False
-            if w.on_host or not w.blind:
-                w.known = unfinished(w.todo)
-            if not w.blind:
-                left = (w.known[:, lo:hi] & asked).sum(1).tolist()
-                if any(n >= count > 0 for n, count in zip(left, counts)):
-                    raise UserError(NOTHING)
-            yield Step(w.ids, w.nfe, number, *made)
+            if w.look(lo, w.known[:, lo:hi] & due):  # otherwise these rows are closed
+                yield advance(w, number, quota, fresh=w.nfe == before)
     if unfinished(w.todo).any():
         raise UserError(NOTHING)
 
-# %% ../nbs/10_sampler.ipynb #check_canvas
-def check_canvas(canvas: Tensor, maskable: Tensor, mask_id: int, real: Tensor | None) -> None:
-    "Raise `UserError` unless the canvas, its masks and its padding fit together."
-    if canvas.ndim != 2 or canvas.dtype != torch.long:
-        raise UserError(f"canvas is {canvas.dtype} {tuple(canvas.shape)}; expected int64 ids of shape (B, L)")
-    if not maskable.any():
-        raise UserError("the canvas has no masks to fill; put the mask id where text is wanted")
-    seen = real is None or real.bool()
-    if canvas.device.type == "cpu" and (~maskable & (canvas == mask_id) & seen).any():
-        raise UserError(f"the given text contains the mask id {mask_id}; remove it, or use infill")
+
+def advance(w: Writing, block: int, quota: Tensor | None, fresh: bool) -> Step:
+    "One forward pass over the places that `look` has turned to."
+    if w.focus:
+        w.focus(w.lo, w.hi, [row for row, n in enumerate(w.counts) if n], fresh)
+    places, asked, before = w.here(w.places), w.here(w.asked), w.todo
+    logits = forbid(w, w.denoiser.at(w.ids, places, w.real))
+    tokens = draw(w, logits)
+    wanted = score(w, logits, tokens)
+    proposed, table = spread(tokens, asked, w.mask_id), spread(wanted, asked, -math.inf)
+    if not w.on_host:  # there the host may ask for more than is open
+        table = table.masked_fill(~before[:, w.lo : w.hi], -math.inf)
+    commit = choose(w.policy, table, quota)
+    if w.policy.patience is not None:
+        commit |= settled(w, proposed, asked, fresh) & (table > -math.inf)
+    after = record(w, proposed, commit)
+    known = w.policy.remasking == "low_confidence" and not w.policy.suppress_confidence and w.hi - w.lo > 1
+    return Step(w.ids, w.nfe, block, before, after, places, tokens, wanted if known else logits)
+
+# %% ../nbs/10_sampler.ipynb #spread
+def spread(values: Tensor, asked: Tensor, empty: float) -> Tensor:
+    "A table (B, n) with these values (N,) where they were asked for."
+    if len(values) == asked.numel():
+        return values.view(asked.shape)
+    return values.new_full(asked.shape, empty).masked_scatter_(asked, values)
+
+
+def record(w: Writing, proposed: Tensor, commit: Tensor) -> Tensor:
+    "Write what is committed; what is to do (B, L) after it. Raises `UserError` if that is nothing."
+    w.ids, after, w.nfe = w.ids.clone(), w.todo.clone(), w.nfe + 1
+    window = w.ids[:, w.lo : w.hi]
+    window.copy_(torch.where(commit, proposed, window))
+    after[:, w.lo : w.hi].masked_fill_(commit, False)
+    w.todo = after
+    if w.policy.eos_id is not None:
+        w.ids, w.todo = close_at_eos(w.ids, after, w.maskable, w.policy.eos_id)
+    if w.on_host or not w.blind:
+        w.known = unfinished(w.todo)
+    if not w.blind:
+        left = (w.known[:, w.lo : w.hi] & w.asked).sum(1).tolist()
+        if any(n >= count > 0 for n, count in zip(left, w.counts)):
+            raise UserError(NOTHING)
+    return after
 
 # %% ../nbs/10_sampler.ipynb #write
 def write(
@@ -357,24 +348,27 @@ def write(
 ) -> Iterator[Step]:
     "Fill a canvas, pass by pass: the loop of everything that writes. Raises `UserError` for unusable input."
     policy, denoiser = replace(policy or Policy(), **changes), as_denoiser(denoiser, mask_id)
-    real = attention_mask
+    real, on_host = attention_mask, canvas.device.type == "cpu"
+    if canvas.ndim != 2 or canvas.dtype != torch.long:
+        raise UserError(f"canvas is {canvas.dtype} {tuple(canvas.shape)}; expected int64 ids of shape (B, L)")
     if real is not None and real.shape != canvas.shape:
         raise UserError(f"attention_mask is {tuple(real.shape)}; expected {tuple(canvas.shape)}")
-    if real is not None and real.device.type == "cpu" and real.all():
-        real = None
-    if maskable is None:
-        maskable = ((canvas == denoiser.mask_id) & (real is None or real.bool())).cpu()
-    check_canvas(canvas, maskable, denoiser.mask_id, real)
     if isinstance(generator, Sequence) and len(generator) != len(canvas):
         raise UserError(f"{len(generator)} generators for {len(canvas)} rows: pass one, or one for each row")
+    hidden = (canvas == denoiser.mask_id) & (real is None or real.bool())
+    maskable = hidden.cpu() if maskable is None else maskable
+    if not maskable.any():
+        raise UserError("the canvas has no masks to fill; put the mask id where text is wanted")
+    if on_host and (hidden & ~maskable).any():
+        raise UserError(f"the given text contains the mask id {denoiser.mask_id}; remove it, or use infill")
     blocks = blocks_of(maskable, policy.block_length)
     n, steps = len(blocks), policy.steps
     if (steps or 0) % n:
         raise UserError(f"{steps} steps do not divide among {n} blocks: use a multiple of {n}")
     if policy.cfg_scale:
         denoiser = GuidedDenoiser(denoiser, ~maskable.to(canvas.device), policy.cfg_scale)
-    w = Writing(denoiser, canvas, maskable, policy, real)
-    w.generator = generator
+    real = None if real is None or (on_host and real.all()) else real
+    w = Writing(denoiser, canvas, maskable, policy, real, generator)
     return passes(w, blocks, steps // n if steps else canvas.shape[1])
 
 # %% ../nbs/10_sampler.ipynb #GuidedDenoiser
@@ -403,7 +397,7 @@ class GuidedDenoiser(Denoiser):
             other.focus = lambda lo, hi, rows, fresh: inner.focus(lo, hi, twice(rows), fresh)
         return other
 
-# %% ../nbs/10_sampler.ipynb #generate
+# %% ../nbs/10_sampler.ipynb #prompt_canvas-more
 def prompt_canvas(prompt: Tensor, mask_id: int, gen_length: int, attention_mask: object = None) -> dict:
     "The canvas [prompt | MASK x gen_length] for `write`. Raises `UserError` for right padding."
     if gen_length < 1:
@@ -418,17 +412,16 @@ def prompt_canvas(prompt: Tensor, mask_id: int, gen_length: int, attention_mask:
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     "Ids and attention mask (B, P) of prompts, padded on the left: all end where the answers begin."
-    longest = max((len(p) for p in prompts), default=0)
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], dtype=torch.long)
-    lengths = torch.tensor([len(p) for p in prompts])[:, None]
-    return ids.view(len(prompts), longest), (torch.arange(longest) >= longest - lengths).long()
+    ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    real = [torch.ones_like(prompt) for prompt in ids]
+    return pad_sequence(ids, True, pad_id, "left"), pad_sequence(real, True, 0, "left")
 
 
 def finish(steps: Iterator[Step]) -> Tensor:
-    "Run to the end: the ids (B, L) after the last pass."
-    for step in steps:
+    "Run to the end: the ids (B, L) after the last pass. No other step is kept."
+    for ids in map(attrgetter("ids"), steps):
         pass
-    return step.ids
+    return ids
 
 
 def generate(

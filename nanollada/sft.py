@@ -8,9 +8,9 @@ __all__ = ['ROLES', 'QUESTION_FIELDS', 'ANSWER_FIELDS', 'Encoded', 'Conversation
            'SftRows', 'SftConfig', 'hold_out', 'open_conversations', 'with_canvas', 'sft', 'answer', 'exact_match']
 
 # %% ../nbs/14_sft.ipynb #imports
-import json
 import random
 import re
+import resource
 import sys
 import time
 from array import array
@@ -18,12 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cache
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .ar import Batch
 from .backbone import Backbone, load_run, save_run
@@ -31,18 +33,15 @@ from .core import UserError, make_generator
 from .data import held_out_rank
 from .fast import WriteConfig, write_ids
 from .pretrain import make_objective
+from .processes import open_processes
 from .sources import fetch_minimind, read_poems, read_records
-from .tokenizer import encode_batch
-from .toy import questions, sample
-from .trainer import TrainConfig, TrainResult, open_processes, train
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+from .tokenizer import Tokenizer, encode_batch
+from .toy import Language, questions, sample
+from .trainer import TrainConfig, TrainResult, check_fields, train
 
 # %% ../nbs/14_sft.ipynb #Conversation
 class Conversation(NamedTuple):
     "Turns of a conversation."
-
     turns: list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": …}; none: unusable
     place: str = "a conversation"  # file and line, for messages
     rank: float = 1.0  # in [0, 1), by a hash; the lowest are held out
@@ -56,14 +55,11 @@ ANSWER_FIELDS = ("response", "output", "answer", "target")
 def turns_of(record: object) -> object:
     "The turns of a record, still to be checked: a list of them, or made of a question and an answer."
     record = record if isinstance(record, dict) else {}
-    for name in ("conversations", "messages"):
-        if record.get(name) is not None:
-            return record[name]
-    fields = (("system",), QUESTION_FIELDS, ANSWER_FIELDS)
-    said = [next((record[name] for name in names if record.get(name)), None) for names in fields]
+    fields = ("conversations", "messages"), ("system",), QUESTION_FIELDS, ANSWER_FIELDS
+    turns, *said = (next((record[name] for name in names if record.get(name)), None) for names in fields)
     if record.get("input"):
-        said[1] = f"{said[1]}\n{record['input']}"
-    return [{"role": role, "content": content} for role, content in zip(ROLES, said) if content]
+        said[1] = f"{said[1] or ''}\n{record['input']}".strip()
+    return turns or [{"role": role, "content": content} for role, content in zip(ROLES, said) if content]
 
 # %% ../nbs/14_sft.ipynb #is_text
 def is_text(value: object) -> bool:
@@ -87,10 +83,10 @@ def check_turns(turns: object, training: bool = True) -> None:
 
 def read_conversations(source: str | Path, skip_bad: bool = False) -> Iterator[Conversation]:
     "The conversations of a .jsonl file. An unusable one is a `UserError` or, to be skipped, has no turns."
-    for place, record in ((place, record) for place, record in read_records(source) if record != ""):
+    for place, record in filter(lambda found: found[1] != "", read_records(source)):
         try:
-            check_turns(turns_of(record))
-            yield Conversation(turns_of(record), place, held_out_rank(json.dumps(turns_of(record))))
+            check_turns(turns := turns_of(record))
+            yield Conversation(turns, place, held_out_rank(str(turns)))
         except UserError as error:
             if not skip_bad:
                 raise record if isinstance(record, UserError) else UserError(f"{place}: {error}") from None
@@ -98,14 +94,12 @@ def read_conversations(source: str | Path, skip_bad: bool = False) -> Iterator[C
 
 # %% ../nbs/14_sft.ipynb #toy_conversations
 def toy_conversations(
-    n: int, seed: int = 0, language: str | None = None, direction: str | None = None, turns: int = 1,
-    forward: float = 0.5,  # share of forward questions, where both directions are wanted
+    n: int, seed: int = 0, language: Language = None, direction: str | None = None, turns: int = 1
 ) -> list[Conversation]:
-    "Each a story with a question, the answer, and so on for so many turns."
+    "Each a story with a question, the answer, and so on for so many turns; four in five ask forward."
     rng, made = random.Random(f"conversations {seed}"), []
     for number, story in enumerate(sample(n, seed, language)):
-        way = direction or ("forward" if rng.random() < forward else "backward")
-        possible = questions(story, language, way)
+        possible = questions(story, language, direction or ("forward" if rng.random() < 0.8 else "backward"))
         asked = rng.sample(possible, min(turns, len(possible)))
         said = [{"role": role, "content": text} for pair in asked for role, text in zip(ROLES[1:], pair)]
         said[0]["content"] = f"{story}\n{said[0]['content']}"
@@ -113,44 +107,40 @@ def toy_conversations(
     return made
 
 # %% ../nbs/14_sft.ipynb #poem_conversations
-def poem_conversations(poems: Iterable[dict], limit: int | None = None) -> Iterator[Conversation]:
-    "Four questions on each poem of `read_poems`, repeated ones once; lines as in LLaDA's reversal task."
-    rng, seen = random.Random("poems 0"), set()
+def poem_conversations(poems: Iterable[dict]) -> Iterator[Conversation]:
+    "Up to four questions on each poem of `read_poems`; its lines are asked for as in LLaDA's reversal task."
+    rng = random.Random("poems 0")
     for poem in poems:
-        lines = [line for line in re.split(r"[，。！？；、\s]+", poem["text"]) if line]
-        if len(lines) < 2 or poem["text"] in seen:
-            continue
-        if len(seen) == limit:
-            return
-        seen.add(poem["text"])
-        at = rng.randrange(len(lines) - 1)
-        asked = {f"{lines[at]}的下一句是什么？直接输出句子即可。": lines[at + 1],
-                 f"{lines[at + 1]}的上一句是什么？直接输出句子即可。": lines[at],
-                 f"以《{poem['title']}》为题写一首诗。": poem["text"] if poem["title"] else "",
+        lines = re.findall(r"[^，。！？；、\s]+", poem["text"])
+        before, after = rng.choice(list(pairwise(lines)) or [("", "")])
+        asked = {f"{before}的下一句是什么？直接输出句子即可。": after,
+                 f"{after}的上一句是什么？直接输出句子即可。": before,
+                 f"以《{poem['title']}》为题写一首诗。": poem["title"] and poem["text"],
                  f"“{'，'.join(lines[:2])}”的作者是谁？": poem["author"]}
-        for pair in asked.items():
-            if pair[1]:
-                turns = [{"role": role, "content": text} for role, text in zip(ROLES[1:], pair)]
-                yield Conversation(turns, f"poem {poem['title']!r}", held_out_rank(poem["text"]))
+        for pair in filter(all, asked.items()):
+            turns = [{"role": role, "content": text} for role, text in zip(ROLES[1:], pair)]
+            yield Conversation(turns, f"poem {poem['title']!r}", held_out_rank(poem["text"]))
 
 # %% ../nbs/14_sft.ipynb #bounded
 @contextmanager
-def _bounded(seconds: float = 2.0, room: int = 2**28) -> Iterator[None]:
-    "Stop Python code after so much time of the processor and, on Linux, so many more bytes of memory."
-    import resource
-    end, tracer, limits = time.thread_time() + seconds, sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+def _bounded(what: str) -> Iterator[None]:
+    "Let others' code work for two seconds and, on Linux, in 256 MB more. Any error becomes a `UserError`."
+    end, tracer, limits = time.thread_time() + 2, sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
 
     def watch(*_):
         if time.thread_time() > end:
-            raise TimeoutError(f"it works for more than {seconds:g} seconds")
+            raise TimeoutError("it works for more than two seconds")
         return watch
 
     if Path("/proc/self/statm").exists():
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
         resource.setrlimit(resource.RLIMIT_AS, (min([most, *(n for n in limits if n >= 0)]), limits[1]))
     sys.settrace(watch)
     try:
         yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} fails: {reason:.200}") from None
     finally:
         sys.settrace(tracer)
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -159,57 +149,42 @@ def _bounded(seconds: float = 2.0, room: int = 2**28) -> Iterator[None]:
 class ChatFormat:
     "A tokenizer's chat template, applied to tokens; text that looks like a mark stays text."
 
-    def __init__(self, tokenizer: "Tokenizer"):
-        self.tokenizer, self._known = tokenizer, {}
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self._words = tokenizer, cache(self._words)
 
-    def pieces(self, roles: tuple[str, ...]) -> list[list[int] | int]:
-        "What the template writes for these roles and an answer to come: ids of its own, numbers of contents."
-        if roles not in self._known:
-            parts = re.split(r"\ue000(\d+)\ue001", self._render(roles))  # the template's words at 0, 2, 4, …
-            if parts[1::2] != [str(number) for number in range(len(roles))]:
-                raise UserError(f"the chat template drops or moves a turn of {', '.join(roles)}: use another")
-            own = encode_batch(self.tokenizer, parts[::2], allow_special=True)
-            bos = [self.tokenizer.bos_token_id]
-            own[0] = bos * (own[0][:1] != bos) + own[0]
-            self._known[roles] = [piece for n, ids in enumerate(own) for piece in (ids, n)][:-1]
-        return self._known[roles]
-
-    def _render(self, roles: tuple[str, ...]) -> str:
-        "The template's text around placeholders. Whatever it does, it ends soon, with text or a `UserError`."
+    def _words(self, roles: tuple[str, ...]) -> list[list[int]]:
+        "What the template itself writes before, between and after the contents of these roles, as ids."
         from jinja2 import Environment
         turns = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
-        try:
-            with _bounded():
-                if {"*", "**"} & {token[2] for token in Environment().lex(self.tokenizer.chat_template)}:
-                    raise ValueError("it multiplies")
-                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                if len(text) > 10_000 * (1 + len(roles)):
-                    raise ValueError(f"it writes {len(text)} letters")
-                return text
-        except Exception as error:  # somebody else's program may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the chat template fails for {', '.join(roles)}: {reason:.200}") from None
+        with _bounded(f"the chat template for {', '.join(roles)}"):
+            if {"*", "**"} & {token[2] for token in Environment().lex(self.tokenizer.chat_template)}:
+                raise ValueError("it multiplies")
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        parts = re.split(r"\ue000(\d+)\ue001", text[: 10**6])  # the template's words at 0, 2, 4, …
+        if parts[1::2] != [str(number) for number in range(len(roles))]:
+            raise UserError(f"the chat template drops or moves a turn of {', '.join(roles)}: use another")
+        first, *others = encode_batch(self.tokenizer, parts[::2], allow_special=True)
+        bos = [self.tokenizer.bos_token_id]
+        return [bos * (first[:1] != bos) + first, *others]
 
-    def context(self, roles: list[str], contents: list[list[int]]) -> list[int]:
-        "The ids of a context of these encoded contents, up to where the answer begins."
-        parts = (contents[piece] if isinstance(piece, int) else piece for piece in self.pieces(tuple(roles)))
-        return [token for part in parts for token in part]
-
-    def prompt(self, turns: list[dict[str, str]]) -> list[int]:
-        "The same, of turns that are not encoded yet."
+    def encode(self, turns: list[dict[str, str]]) -> list[tuple[str, list[int]]]:
+        "Role and ids of each turn; no content holds a mark."
         contents = encode_batch(self.tokenizer, [turn["content"] for turn in turns])
-        return self.context([turn["role"] for turn in turns], contents)
+        return [(turn["role"], ids) for turn, ids in zip(turns, contents)]
+
+    def context(self, said: list[tuple[str, list[int]]]) -> list[int]:
+        "The ids of a context of encoded turns, up to where the answer begins."
+        roles, contents = zip(*said)
+        return [token for pair in zip(self._words(roles), [*contents, []]) for ids in pair for token in ids]
 
 # %% ../nbs/14_sft.ipynb #fit_context
-def fit_context(form: ChatFormat, roles: list, contents: list, room: int) -> tuple[list[int], int] | None:
+def fit_context(form: ChatFormat, said: list[tuple], room: int) -> tuple[list[int], int] | None:
     "A context without its oldest turns, as far as it must be, and their number; None if it never fits."
-    for start in (n for n, role in enumerate(roles) if role == "user"):
-        kept = [*range(roles[0] == "system"), *range(start, len(roles))]
-        said = [contents[n] for n in kept]
-        if sum(map(len, said)) <= room:
-            ids = form.context([roles[n] for n in kept], said)
-            if len(ids) <= room:
-                return ids, len(roles) - len(kept)
+    system = said[: said[0][0] == "system"]
+    for start in (n for n, (role, _) in enumerate(said) if role == "user"):
+        kept = system + said[start:]
+        if sum(len(ids) for _, ids in kept) <= room and len(ids := form.context(kept)) <= room:
+            return ids, len(said) - len(kept)
     return None
 
 # %% ../nbs/14_sft.ipynb #Encoded
@@ -217,102 +192,86 @@ Encoded = tuple[list[tuple[array, array]], float]  # pairs of context and answer
 
 
 def encode_pairs(
-    conversations: Iterable[Conversation], tokenizer: "Tokenizer", length: int, skip_bad: bool = False
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int, skip_bad: bool = False
 ) -> tuple[list[Encoded], Counter]:
     "All pairs of at most so many tokens, and counts; an answer too long is a `UserError`, or skipped."
-    from tqdm import tqdm
     form, talks, counts = ChatFormat(tokenizer), [], Counter()
     rest = iter(tqdm(conversations, "conversations", delay=3, leave=False, disable=None))
     while chunk := list(islice(rest, 1000)):
-        contents = iter(encode_batch(tokenizer, [turn["content"] for talk in chunk for turn in talk.turns]))
+        said = iter(form.encode([turn for talk in chunk for turn in talk.turns]))
         for talk in chunk:
-            own = list(islice(contents, len(talk.turns)))
-            pairs, found = _pairs_of(talk.turns, own, form, length)
-            if found["too_long"] and not skip_bad:
+            found = list(_pairs_of(list(islice(said, len(talk.turns))), form, length))
+            pairs = [(array("i", context[0]), array("i", reply)) for context, reply in found if context]
+            counts.update(pairs=len(pairs), too_long=len(found) - len(pairs), unusable=int(not talk.turns),
+                          turns_dropped=sum(context[1] for context, _ in found if context))
+            if counts["too_long"] and not skip_bad:
                 raise UserError(f"{talk.place}: an answer and its question do not fit a row of {length}: "
                                 "use longer rows (--length), or leave it out (--skip-bad)")
-            counts.update(found)
             talks += [(pairs, talk.rank)] if pairs else []
     return talks, counts
 
 
-def _pairs_of(turns: list, contents: list, form: ChatFormat, length: int) -> tuple[list, dict]:
-    "The pairs of one conversation that fit a row, and counts."
-    roles, pairs = [turn["role"] for turn in turns], []
-    counts = {"pairs": 0, "turns_dropped": 0, "too_long": 0, "unusable": int(not turns)}
-    for n in range(1, len(roles)):
-        if roles[n - 1 : n + 1] == ["user", "assistant"]:  # other turns are only seen by later answers
-            answer = [*contents[n], form.tokenizer.eos_token_id]
-            cut = fit_context(form, roles[:n], contents[:n], length - len(answer))
-            if cut:
-                pairs.append((array("i", cut[0]), array("i", answer)))
-            counts["turns_dropped"] += cut[1] if cut else 0
-            counts["pairs" if cut else "too_long"] += 1
-    return pairs, counts
+def _pairs_of(said: list[tuple], form: ChatFormat, length: int) -> Iterator[tuple[tuple | None, list[int]]]:
+    "What `fit_context` says of each answer's context, and the answer."
+    for n in range(1, len(said)):
+        if (said[n - 1][0], said[n][0]) == ("user", "assistant"):  # others are only seen by later answers
+            reply = [*said[n][1], form.tokenizer.eos_token_id]
+            yield fit_context(form, said[:n], length - len(reply)), reply
 
 # %% ../nbs/14_sft.ipynb #SftRows
+@dataclass
 class SftRows:
     "Rows for the trainer: of each conversation a pair, drawn at each visit, with some EOS after the answer."
-
-    def __init__(
-        self, talks: Sequence[Encoded], tokenizer: "Tokenizer", length: int,
-        bucket: int = 8,  # answers are filled up with EOS to a multiple of this many tokens
-        spare: int = 1,  # and by up to so many more buckets, drawn at each visit
-    ):
-        self.talks, self.tokenizer = talks, tokenizer
-        self.length, self.bucket, self.spare = length, bucket, spare
+    talks: Sequence[Encoded]
+    tokenizer: Tokenizer
+    length: int  # most tokens of a row
+    bucket: int = 8  # answers are filled up with EOS to a multiple of this many tokens
+    spare: int = 1  # and by up to so many more buckets, drawn at each visit
 
     def __len__(self) -> int:
         return len(self.talks)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
         "Rows of these conversations; the shortest first, so that micro-batches hold rows of like length."
+        rows = []
         draws = torch.rand(len(indices), 2, generator=generator or make_generator(0, "rows")).tolist()
-        rows = [self._row(self.talks[index][0], *draw) for index, draw in zip(indices.tolist(), draws)]
-        rows.sort(key=lambda row: len(row[0]))
-        starts, ends = torch.tensor([[start, len(ids)] for ids, start in rows]).T[..., None]  # (B, 1) each
-        at = torch.arange(len(rows[-1][0]))
-        ids = torch.tensor([ids + [self.tokenizer.pad_token_id] * (len(at) - len(ids)) for ids, _ in rows])
+        for index, (u, v) in zip(indices.tolist(), draws):  # u draws the pair, v how many buckets to spare
+            pairs = self.talks[index][0]
+            context, reply = pairs[int(u * len(pairs))]
+            buckets = -(-len(reply) // self.bucket) + int(v * (self.spare + 1))
+            eos = min(buckets * self.bucket, self.length - len(context)) - len(reply)
+            rows.append((len(context), [*context, *reply, *[self.tokenizer.eos_token_id] * eos]))
+        rows.sort(key=lambda row: len(row[1]))
+        starts, ends = torch.tensor([[start, len(ids)] for start, ids in rows]).T[..., None]  # (B, 1) each
+        at = torch.arange(len(rows[-1][1]))
+        ids = torch.tensor([ids + [self.tokenizer.pad_token_id] * (len(at) - len(ids)) for _, ids in rows])
         return {"ids": ids, "scored": (at >= starts) & (at < ends), "real": at < ends}
-
-    def _row(self, pairs: list[tuple[array, array]], u: float, v: float) -> tuple[list[int], int]:
-        "Context, answer and EOS, and where the answer begins; u and v in [0, 1) draw the pair and the spare."
-        context, answer = pairs[int(u * len(pairs))]
-        buckets = -(-len(answer) // self.bucket) + int(v * (self.spare + 1))
-        eos = min(buckets * self.bucket, self.length - len(context)) - len(answer)
-        return [*context, *answer, *[self.tokenizer.eos_token_id] * eos], len(context)
 
 # %% ../nbs/14_sft.ipynb #SftConfig
 @dataclass
 class SftConfig:
     "A fine-tuning: which run, on which conversations, where to. Raises `UserError` for what cannot be."
-
     data: str  # a .jsonl of conversations, a folder with train.jsonl and valid.jsonl, toy, poetry or minimind
     init_from: Path  # run folder to begin with; it decides architecture and tokenizer
     out: Path  # run folder to make
-    length: int = 256  # most tokens of question and answer together
+    length: int = 256  # most tokens of question and answer; the run's context becomes at least this
     bucket: int = 8  # diffusion: answers are filled up with EOS to a multiple of this many tokens
     spare: int = 1  # diffusion: up to so many more buckets of EOS, drawn anew at each visit
     skip_bad: bool = False  # leave out and count conversations that cannot be used, instead of stopping
     limit: int | None = None  # use at most so many conversations (poetry: poems; toy: 20,000 unless said)
     language: Literal["en", "zh"] | None = None  # toy only: only this language
-    valid_fraction: float = 0.01  # share kept for validation, by hash; of small sets a tenth, up to 64
-    valid_conversations: int = 256  # at most so many are validated on
+    valid_fraction: float = 0.01  # share kept for validation, by hash; of few a tenth, at most 64
     train: TrainConfig = field(  # how to train; LLaDA's schedule (§2.3), at a rate for small models
         default_factory=lambda: TrainConfig(steps=600, learning_rate=5e-4, decay_fraction=0.1))
 
     def __post_init__(self) -> None:
         self.init_from, self.out = Path(self.init_from), Path(self.out)
-        rules = [("length", self.length >= 8, "at least 8 tokens"), ("bucket", self.bucket >= 1, "1 or more"),
-                 ("spare", self.spare >= 0, "0 or more"),
-                 ("limit", self.limit is None or self.limit >= 2, "2 or more"),
-                 ("valid_conversations", self.valid_conversations >= 0, "0 or more"),
-                 ("valid_fraction", 0 <= self.valid_fraction < 1, "a share from 0 to below 1"),
-                 ("language", self.language is None or self.data == "toy", "none: it is for the data toy"),
-                 ("out", self.out.resolve() != self.init_from.resolve(), "another folder than init_from")]
-        for name, fine, expected in rules:
-            if not fine:
-                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+        check_fields(self, length=(8, 10**6), bucket=(1, self.length), spare=(0, 64), limit=(2, 10**9),
+                     valid_fraction=(0, 0.99))
+        if self.language is not None and self.data != "toy":
+            raise UserError(f"language is {self.language}; expected none: it is for the data toy")
+        if self.out.resolve() == self.init_from.resolve():
+            raise UserError(f"out is {self.out}; expected another folder than init_from")
 
 # %% ../nbs/14_sft.ipynb #hold_out
 def hold_out(talks: list[Encoded], fraction: float) -> tuple[list[Encoded], list[Encoded]]:
@@ -326,10 +285,10 @@ def hold_out(talks: list[Encoded], fraction: float) -> tuple[list[Encoded], list
 def open_conversations(cfg: SftConfig) -> Iterator[Conversation]:
     "All conversations of a source. Where they come divided, ranks are above 1, and below 0 for validation."
     path, named = Path(cfg.data).expanduser(), not Path(cfg.data).exists()
-    if cfg.data == "toy" and named:  # forward questions take longest to learn (see the twins below)
-        return iter(toy_conversations(cfg.limit or 20_000, 0, cfg.language, forward=0.8))
+    if cfg.data == "toy" and named:
+        return iter(toy_conversations(cfg.limit or 20_000, 0, cfg.language))
     if cfg.data == "poetry" and named:
-        return poem_conversations(read_poems("tang", max_chars=100), cfg.limit)
+        return poem_conversations(islice(read_poems("tang", max_chars=100), cfg.limit))
     if (path / "train.jsonl").is_file() and (path / "valid.jsonl").is_file():
         return (talk._replace(rank=talk.rank + shift) for name, shift in (("train", 1.0), ("valid", -1.0))
                 for talk in islice(read_conversations(path / f"{name}.jsonl", cfg.skip_bad), cfg.limit))
@@ -347,53 +306,43 @@ def with_canvas(cfg: WriteConfig, info: dict) -> WriteConfig:
 def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
     "Fine-tune a run and leave a run folder: how it went, and what was used and dropped. Raises `UserError`."
     model, tokenizer, _ = load_run(cfg.init_from, device="cpu")
-    room, is_ar = model.cfg.max_position_embeddings, model.cfg.objective == "ar"
-    if cfg.length > room:
-        raise UserError(f"length is {cfg.length}, the context of {cfg.init_from} {room}: use shorter rows")
+    is_ar = model.cfg.objective == "ar"
+    model.cfg.max_position_embeddings = max(cfg.length, model.cfg.max_position_embeddings)
     with open_processes(cfg.train.device).main_process_first():  # the others find downloads made
         talks, counts = encode_pairs(open_conversations(cfg), tokenizer, cfg.length, cfg.skip_bad)
     learnt, held = hold_out(talks, cfg.valid_fraction)
     if not learnt:
         raise UserError(f"{cfg.data}: no conversations to learn from ({dict(counts)}); expected at least one")
-    filling = (cfg.length, 1, 0) if is_ar else (cfg.length, cfg.bucket, cfg.spare)  # ar: one EOS says enough
-    rows, valid = (SftRows(part, tokenizer, *filling) for part in (learnt, held[: cfg.valid_conversations]))
-    content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
-    facts = {"train": len(rows), "valid": len(valid), **counts}
-    sizes = sorted(len(answer) for pairs, _ in learnt for _, answer in pairs)
+    filling = {"bucket": 1, "spare": 0} if is_ar else {"bucket": cfg.bucket, "spare": cfg.spare}
+    rows, valid = (SftRows(part, tokenizer, cfg.length, **filling) for part in (learnt, held))
+    sizes = sorted(len(reply) for pairs, _ in learnt for _, reply in pairs)
     usual = sizes[-1] if is_ar else sizes[int(0.95 * (len(sizes) - 1))]
-    record = {"data": cfg.data, "init_from": str(cfg.init_from), "bucket": cfg.bucket, "spare": cfg.spare,
-              "gen_length": -(-usual // cfg.bucket) * cfg.bucket}
-    fixed = {"length": cfg.length, "filling": str(filling), "content": content, "valid_rows": len(valid)}
+    canvas = -(-usual // cfg.bucket) * cfg.bucket
+    record = {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas}
+    facts = {"train": len(rows), "valid": len(valid), **counts}
+    content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
+    fixed = {"length": cfg.length, **filling, "content": content, "valid_rows": len(valid)}
     objective = make_objective(model.cfg, per="row", by="count")
     return train(model, objective, rows, cfg.train, valid if len(valid) else None, cfg.out,
                  lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
                  {"sft": record, "statistics": facts, "fixed": fixed}), facts
 
 # %% ../nbs/14_sft.ipynb #answer
-def answer(
-    model: Backbone, tokenizer: "Tokenizer",
-    asked: Sequence[str | list[dict[str, str]]],  # questions, or the turns of conversations up to a question
-    cfg: WriteConfig | None = None, **changes: object,
-) -> list[str]:
-    "Answer questions. Raises `UserError` for empty questions, unknown roles, and contexts that are too long."
-    form, cfg = ChatFormat(tokenizer), replace(cfg or WriteConfig(), **changes)
-    asked = [[{"role": "user", "content": turns}] if isinstance(turns, str) else turns for turns in asked]
-    for turns in asked:
+def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list], **settings: object) -> list[str]:
+    "Answer questions or conversations, with these fields of `WriteConfig`. `UserError` for bad or long ones."
+    form, cfg = ChatFormat(tokenizer), WriteConfig(**settings)
+    talks = [[{"role": "user", "content": turns}] if isinstance(turns, str) else turns for turns in asked]
+    for turns in talks:
         check_turns(turns, training=False)
-    found = write_ids(model, [form.prompt(turns) for turns in asked], tokenizer, cfg)
+    found = write_ids(model, [form.context(form.encode(turns)) for turns in talks], tokenizer, cfg)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
 def exact_match(
-    model: Backbone, tokenizer: "Tokenizer", talks: Sequence[Conversation], **settings: object
+    model: Backbone, tokenizer: Tokenizer, talks: Sequence[Conversation], **settings: object
 ) -> tuple[list[bool], list[str]]:
     "Whether `answer` finds the last answer of each conversation to the letter, and what it says."
-    asked, wanted = [], []
-    for turns, place, _ in talks:
-        end = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        if end == 0:
-            raise UserError(f"{place}: no assistant turn after a question, to compare with")
-        asked.append(turns[:end])
-        wanted.append(turns[end]["content"].strip())
-    said = answer(model, tokenizer, asked, **settings)
+    ends = [max(n for n, turn in enumerate(talk.turns) if turn["role"] == "assistant") for talk in talks]
+    said = answer(model, tokenizer, [talk.turns[:end] for talk, end in zip(talks, ends)], **settings)
+    wanted = [talk.turns[end]["content"].strip() for talk, end in zip(talks, ends)]
     return [text.strip() == right for text, right in zip(said, wanted)], said

@@ -168,7 +168,6 @@ def fetch_poetry() -> Path:
 # %% ../nbs/97_sources.ipynb #read_poems
 def read_poems(dynasty: str | None = None, min_chars: int = 1, max_chars: int = 10**9) -> Iterator[dict]:
     "About 312,000 classical poems, or those of one dynasty (tang, song): title, author, dynasty and text."
-    assert dynasty in (None, "tang", "song"), dynasty
     for name in [dynasty] if dynasty else ["tang", "song"]:
         files = fetch_poetry().glob(f"poet.{name}.*.json")
         for file in sorted(files, key=lambda file: int(file.name.split(".")[2])):

@@ -17,7 +17,7 @@ from .core import UserError, atomic_path, read_json, write_json
 from .sources import fetch_from_hub
 
 # %% ../nbs/01_tokenizer.ipynb #Tokenizer
-Tokenizer = "PreTrainedTokenizerFast"  # for annotations; `transformers` is loaded where it is used: it is slow
+Tokenizer = "PreTrainedTokenizerFast"  # for annotations; `transformers`, slow to load, is loaded where used
 
 SPECIAL_TOKENS = {  # name in `transformers` -> text; the ids of a tokenizer trained here are 0, 1, 2, 3
     "pad_token": "<|endoftext|>",

@@ -139,20 +139,15 @@ class ToyLanguage:
     gap: str = " "  # what stands between two words
 
     def __post_init__(self) -> None:
+        self.rules = {slot: ((), lambda lists, slot=slot: lists[slot]) for slot in self.words} | self.rules
         self.lists = {name: word_list(text) for name, text in self.words.items()}
         self.parts, known = {}, frozenset()
         for name, ways in self.sentences.items():
             self.parts[name] = {way: template_parts(text, self.gap, known) for way, text in ways.items()}
             known |= {part.slot for part in next(iter(self.parts[name].values()))}
 
-    def parents(self, slot: str) -> tuple[str, ...]:
-        "The earlier slots that a slot looks at."
-        return self.rules[slot][0] if slot in self.rules else ()
-
     def options(self, slot: str, story: Story) -> dict[str, int]:
         "The words possible in a slot after what was told so far, with their weights."
-        if slot not in self.rules:
-            return self.lists[slot]
         parents, words = self.rules[slot]
         return words(self.lists, *[story[parent] for parent in parents])
 
@@ -171,7 +166,7 @@ def pasts(
     "Every filling of some slots, and of all slots they depend on, with its probability, by enumeration."
     for slot in slots:
         if slot not in table[0][0]:
-            table = pasts(lang, lang.parents(slot), table)
+            table = pasts(lang, lang.rules[slot][0], table)
             table = tuple((story | {slot: word}, p * weight / sum(options.values())) for story, p in table
                           for options in [lang.options(slot, story)] for word, weight in options.items())
     return table
@@ -207,36 +202,32 @@ def render(story: Story, lang: ToyLanguage) -> str:
     "Write a story out."
     return "".join(word for word, _ in word_prices(lang, story)).strip()
 
-# %% ../nbs/02_toy.ipynb #read_sentence
-def _read_sentence(lang: ToyLanguage, parts: list[Part], text: str, at: int, story: Story) -> int:
-    "Read one sentence at `at`, filling `story`; the position after it, or -1 if the text does not fit."
+# %% ../nbs/02_toy.ipynb #read_way
+def _read_way(lang: ToyLanguage, parts: list[Part], text: str, at: int, story: Story) -> tuple | None:
+    "Read a sentence told in one way: the position after it and the story with its words; None if it differs."
     for glue, word, slot, new in parts:
         if new:
             here, options = at + len(glue), lang.options(slot, story)
             story[slot] = next((word for word in options if text.startswith(word, here)), "")
         word = word or story[slot]
         if not word or not text.startswith(glue + word, at):
-            return -1
+            return None
         at += len(glue) + len(word)
-    return at
+    return at, story
 
 
 def read_story(text: str, lang: ToyLanguage) -> Story | None:
     "The choices behind a text, white space around it apart; None if the language cannot say it."
     text, at, story = lang.gap + text.strip(), 0, {}
     for name, ways in lang.parts.items():
-        for way, parts in ways.items():
-            attempt = story | {name: way}
-            end = _read_sentence(lang, parts, text, at, attempt)
-            if end >= 0:
-                break
-        else:
+        attempts = (_read_way(lang, parts, text, at, story | {name: way}) for way, parts in ways.items())
+        at, story = next(filter(None, attempts), (-1, {}))
+        if at < 0:
             return None
-        at, story = end, attempt
     return story if at == len(text) else None
 
 # %% ../nbs/02_toy.ipynb #Language
-Language = str | ToyLanguage | None
+Language = str | ToyLanguage | None  # "en", "zh", one of your own, or None for half English, half Chinese
 
 
 def _languages(language: Language) -> list[ToyLanguage]:
@@ -252,19 +243,12 @@ def _read(text: str, language: Language) -> tuple[ToyLanguage, Story] | None:
     return next(((lang, story) for lang, story in found if story is not None), None)
 
 # %% ../nbs/02_toy.ipynb #sample
-def sample(
-    n: int,  # how many documents, at least 0
-    seed: int = 0,  # the same seed gives the same documents, whatever n
-    language: Language = None,  # "en", "zh", a `ToyLanguage`, or None for half of each
-) -> list[str]:  # n independent stories
-    "Draw stories from the language. Raises `UserError` if `n` is negative or the language unknown."
+def sample(n: int, seed: int = 0, language: Language = None) -> list[str]:
+    "Draw n stories; the same seed draws the same ones, whatever n. Raises `UserError` for a negative n."
     if not isinstance(n, int) or n < 0:
         raise UserError(f"n is {n!r}; expected how many stories to draw, an integer of at least 0")
-    languages, rng, documents = _languages(language), random.Random(seed), []
-    for _ in range(n):
-        lang = rng.choice(languages)
-        documents.append(render(draw_story(lang, rng), lang))
-    return documents
+    languages, rng = _languages(language), random.Random(seed)
+    return [render(draw_story(lang, rng), lang) for lang in (rng.choice(languages) for _ in range(n))]
 
 # %% ../nbs/02_toy.ipynb #surprises
 def surprises(text: str, language: Language = None) -> list[tuple[str, float]] | None:
@@ -278,10 +262,8 @@ def surprises(text: str, language: Language = None) -> list[tuple[str, float]] |
 
 def log_prob(text: str, language: Language = None) -> float:
     "The exact log-probability of a document in nats; -inf if the language cannot say it."
-    found = _read(text, language)
-    if found is None:
-        return -math.inf
-    return -sum(price for _, price in word_prices(*found)) - math.log(len(_languages(language)))
+    told = surprises(text, language)
+    return -math.inf if told is None else -sum(price for _, price in told)
 
 
 def is_valid(text: str, language: Language = None) -> bool:
@@ -295,7 +277,7 @@ def entropy_table(lang: ToyLanguage) -> dict[str, float]:
     for name, ways in lang.parts.items():
         table |= {name: math.log(len(ways))} if len(ways) > 1 else {}
         for slot in (part.slot for part in next(iter(ways.values())) if part.new):
-            before = pasts(lang, lang.parents(slot))
+            before = pasts(lang, lang.rules[slot][0])
             table[slot] = sum(p * nats(lang.options(slot, story)) for story, p in before)
     return table
 

@@ -97,7 +97,8 @@ def save_gif(film: list[list[str | None]], path: str | Path, columns: int = 10, 
         axis.clear()
         draw_frame(axis, now, columns, before)
         canvas.draw()
-        images.append(Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB"))
+        pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+        images.append(pixels.convert("RGB"))
     pauses = [1000 * seconds / len(film)] * len(film) + [2000]
     with atomic_path(path) as temporary:
         images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)

@@ -104,7 +104,7 @@ VALUES = [  # a command line, and what the one line must say
     ([*PRETRAIN, "--batch-size", HUGE], "batch_size"),
     ([*PRETRAIN, "--no-pack", "--length", HUGE], "length"),
     *(([*PRETRAIN, "--random-length", value], "random_length") for value in ("-1", "2", "nan")),
-    ([*PRETRAIN, "--valid-windows=-1"], "valid_windows"),
+    ([*PRETRAIN, "--valid-rows=-1"], "valid_rows"),
     *(([*PRETRAIN, "--learning-rate", value], "learning_rate") for value in ("nan", "-1")),
     (["eval", "diffusion", "--data", "toy", "--limit", 2, "--masks", HUGE], "masks"),
     (["eval", "diffusion", "--data", "toy", "--limit", 2, "--canvas", HUGE], "canvas"),

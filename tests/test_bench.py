@@ -36,8 +36,7 @@ def test_the_plain_loss_is_the_trainers_loss_with_the_same_gradient(objective):
 
 
 def test_nothing_changed_but_the_speed(records):
-    about, *lines = records
-    assert about["preset"] == "toy" and about["device"] == "cpu"
+    lines = records
     assert [(r["objective"], r["variant"]) for r in lines] == [(o, v) for o in SMALL.objectives for v in SMALL.variants]
     assert all(0 < r["slowest"] <= r["tokens_per_second"] <= r["fastest"] and r["memory"] is None for r in lines)
     loss = {(r["objective"], r["variant"]): r["loss"] for r in lines}
@@ -62,7 +61,7 @@ def test_a_machine_that_cannot_compile_leaves_that_out_and_says_why(monkeypatch)
         return real(self)
 
     monkeypatch.setattr(module.Training, "update", update)
-    _, ours, left_out = bench_train(replace(SMALL, variants=("ours", "ours_compiled"), objectives=("ar",)))
+    ours, left_out = bench_train(replace(SMALL, variants=("ours", "ours_compiled"), objectives=("ar",)))
     assert ours["variant"] == "ours" and left_out["variant"] == "ours_compiled: no compiler here" and "loss" not in left_out
     monkeypatch.setattr(module.Training, "update", lambda self: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
@@ -81,9 +80,9 @@ def test_a_race_is_the_median_of_ratios_taken_pair_by_pair(monkeypatch):
             return 10
         return turn
 
-    found = race(work(4.0), work(1.0), 1000.0, torch.device("cpu"))
+    found = race(work(4.0), work(1.0), 5000.0, torch.device("cpu"))
     assert found["times_plain"] == pytest.approx(4, rel=2e-3) and found["slowest"] < 10 / 2 < found["fastest"] * 0.9
-    assert now[0] >= 1000
+    assert now[0] >= 5000
 
 
 def test_random_rows_are_reproducible_and_leave_the_mask_out():
@@ -100,8 +99,7 @@ def pair(tmp_path_factory):
     place, tokenizer = tmp_path_factory.mktemp("pair"), toy_tokenizer()
     for seed, objective in enumerate(("ar", "diffusion")):
         torch.manual_seed(seed)
-        shape = preset("toy", len(tokenizer), objective=objective, mask_token_id=tokenizer.mask_token_id, max_position_embeddings=32,
-                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        shape = preset("toy", len(tokenizer), objective=objective, mask_token_id=tokenizer.mask_token_id, max_position_embeddings=256)
         save_run(Backbone(shape), tokenizer, place / objective)
     return SampleBench(run=place / "diffusion", ar_run=place / "ar", gen_length=12, batch_sizes=(1, 3), seconds=0, device="cpu", temperature=1.0)
 
@@ -111,7 +109,7 @@ def test_the_text_that_is_timed_is_the_text_that_is_judged(pair, monkeypatch):
     real = module.write_ids
     monkeypatch.setattr(module, "write_ids", lambda *given: written.append(real(*given)) or written[-1])
     monkeypatch.setattr(module, "judged_nll", lambda model, tokenizer, texts: judged.append((model.cfg.objective, texts)) or (1.0, 0.1))
-    about, *lines = bench_sample(replace(pair, variants=("official", "ar", "default")))
+    lines = list(bench_sample(replace(pair, variants=("official", "ar", "default"))))
     assert [(r["rows"], r["variant"]) for r in lines] == [(rows, v) for rows in (1, 3) for v in ("official", "ar", "default")]
     assert {objective for objective, _ in judged} == {"ar"} and all(r["judge"] == 1.0 and 0 < r["distinct_2"] <= 1 for r in lines)
     decode = toy_tokenizer().decode
@@ -125,7 +123,7 @@ def test_rows_appear_one_by_one_and_are_on_the_disk_at_once(pair, tmp_path):
     assert len(json.loads((tmp_path / "b.json").read_text())) == 2 and head[2].startswith("| rows | variant |") and head[4].startswith("| 1 | ar |")
     assert [line.split(" | ")[1] for line in lines] == ["default"]
     stored = json.loads((tmp_path / "b.json").read_text())
-    assert bench_table(stored)[2:5] == head[2:]
+    assert bench_table(stored)[:5] == head and stored[0]["gen_length"] == "12" and stored[0]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("kind, wrong, message", [

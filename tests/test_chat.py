@@ -35,6 +35,11 @@ def models(tokenizer):
 both = pytest.mark.parametrize("objective", ["ar", "diffusion"])
 
 
+def prompt(tokenizer, turns):
+    form = ChatFormat(tokenizer)
+    return form.context(form.encode(turns))
+
+
 # Half-written text
 
 def test_letters_appear_whole(tokenizer):
@@ -59,16 +64,15 @@ def test_a_canvas_as_text(tokenizer):
 def test_the_stream_ends_with_what_answer_says(models, tokenizer, objective):
     model = models[objective]
     steps = list(Chat(model, tokenizer, gen_length=8).stream("Who?"))
-    assert [s.done for s in steps] == [False] * (len(steps) - 1) + [True]
-    assert [s.passes for s in steps[:-1]] == list(range(1, len(steps)))
+    assert [s.passes for s in steps] == list(range(1, len(steps) + 1))
     assert steps[-1].text == answer(model, tokenizer, ["Who?"], gen_length=8)[0]
     if objective == "diffusion":
         slow = list(Chat(model, tokenizer, gen_length=8, fast=False).stream("Who?"))
-        assert MASK_BOX in slow[0].text and MASK_BOX not in slow[-1].text and len(slow) == 9
+        assert MASK_BOX in slow[0].text and MASK_BOX not in slow[-1].text and len(slow) == 8
         counts = [s.text.count(MASK_BOX) for s in slow]
         assert counts == sorted(counts, reverse=True)
     else:
-        assert all(b.text.startswith(a.text) for a, b in zip(steps, steps[1:-1]))
+        assert all(b.text.startswith(a.text) for a, b in zip(steps, steps[1:]))
 
 
 @both
@@ -105,8 +109,8 @@ def test_old_turns_are_forgotten_whole_and_this_is_told(models, tokenizer, objec
     last = list(chat.stream("Who?"))[-1]
     assert 0 < last.forgotten < 10 and last.forgotten % 2 == 0 and len(chat.turns) == 12  # remembered, though not shown
     kept = [*chat.turns[:10][last.forgotten :], {"role": "user", "content": "Who?"}]
-    context = ChatFormat(tokenizer).prompt(kept)
-    assert len(context) <= 88 < len(ChatFormat(tokenizer).prompt(chat.turns[last.forgotten - 2 : 11]))
+    context = prompt(tokenizer, kept)
+    assert len(context) <= 88 < len(prompt(tokenizer, chat.turns[last.forgotten - 2 : 11]))
     (ids,) = write_ids(models[objective], [context], tokenizer, WriteConfig(gen_length=8))
     assert tokenizer.decode(ids, skip_special_tokens=True) == last.text
 
@@ -168,7 +172,7 @@ def xterm(monkeypatch):
 
 def test_text_appears_in_place(xterm):
     out, texts = Terminal(), ["▒▒▒", "a\n▒▒▒", "a\nb▒c\nd", "e" * 100 + "[b]x[/b]"]
-    steps = [ChatStep(text, n == 3, n, 0) for n, text in enumerate(texts)]
+    steps = [ChatStep(text, n, 0) for n, text in enumerate(texts)]
     assert show_in_terminal(iter(steps), out) == steps[-1]
     assert screen(out.getvalue()) == "e" * 60 + "\n" + "e" * 40 + "[b]x[/b]\n" and "▒▒▒" in out.getvalue()
 
@@ -177,7 +181,7 @@ def test_a_model_cannot_touch_the_terminal(xterm):
     "code.md 25: neither escapes nor bidirectional controls reach the terminal or the pipe."
     nasty = "a\x1b]0;title\x07\x1b[2Jb\u202ec\u2066d\x9b5me"
     out = Terminal()
-    show_in_terminal(iter([ChatStep(nasty, True, 1, 0)]), out)
+    show_in_terminal(iter([ChatStep(nasty, 1, 0)]), out)
     assert screen(out.getvalue()) == "a]0;title[2Jbcd5me\n" == printable(nasty) + "\n"
     assert not set("\x07\x9b\u202e\u2066") & set(out.getvalue()) and "\x1b]" not in out.getvalue()
 
@@ -187,30 +191,29 @@ class Nasty(Chat):
         return "a\x1b[31m\nb\u202e"
 
 
-def test_a_pipe_gets_no_controls_either(models, tokenizer, monkeypatch):
-    monkeypatch.setattr("nanollada.chat.Chat", Nasty)
+def test_a_pipe_gets_no_controls_either(models, tokenizer):
     out = io.StringIO()
-    assert run_chat(models["ar"], tokenizer, stdin=io.StringIO("Who?\n"), stdout=out) == 1
+    assert run_chat(Nasty(models["ar"], tokenizer), io.StringIO("Who?\n"), out) == 1
     assert out.getvalue() == "a[31m b\n"
 
 
 @both
 def test_in_a_pipe_one_line_in_is_one_line_out(models, tokenizer, objective):
-    out, cfg = io.StringIO(), WriteConfig(gen_length=6)
+    out, chat = io.StringIO(), Chat(models[objective], tokenizer, gen_length=6)
     asked = io.StringIO("Who?\n\n/reset\nWho?\nWhat?\n/quit\nWho?\n")
-    count = run_chat(models[objective], tokenizer, None, cfg, asked, out)
+    count = run_chat(chat, asked, out)
     lines = out.getvalue().split("\n")
     assert count == 3 and len(lines) == 5 and lines[1] == lines[4] == "" and "\x1b" not in out.getvalue()
     said = printable(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0])
     assert lines[0] == lines[2] == " ".join(said.splitlines())
-    with pytest.raises(UserError, match="line 2 of the questions: .*ask something shorter"):
-        run_chat(models[objective], tokenizer, None, cfg, io.StringIO("\n" + "word " * 90), io.StringIO())
+    with pytest.raises(UserError, match="ask something shorter"):
+        run_chat(chat, io.StringIO("\n" + "word " * 90), io.StringIO())
 
 
 @both
 def test_a_terminal_shows_answers_errors_and_what_was_forgotten(models, tokenizer, objective, xterm):
     out, questions = Terminal(), Terminal("Who?\n" + "word " * 90 + "\n/help\n" + "word word word word\n" * 4)
-    assert run_chat(models[objective], tokenizer, None, WriteConfig(gen_length=6), questions, out) == 5
+    assert run_chat(Chat(models[objective], tokenizer, gen_length=6), questions, out) == 5
     written = out.getvalue()
     assert written.count("> ") == 8 and "ask something shorter" in written and "(there are /reset and /quit)" in written
     assert "oldest turns no longer fit" in written
@@ -220,10 +223,10 @@ def test_a_terminal_shows_answers_errors_and_what_was_forgotten(models, tokenize
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(models, tokenizer, monkeypatch, xterm):
     def stream(self, question):
-        yield ChatStep("half", False, 1, 0)
+        yield ChatStep("half", 1, 0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nanollada.chat.Chat.stream", stream)
     out = Terminal()
-    assert run_chat(models["ar"], tokenizer, stdin=Terminal("Who?\n/quit\n"), stdout=out) == 0
+    assert run_chat(Chat(models["ar"], tokenizer), Terminal("Who?\n/quit\n"), out) == 0
     assert "(stopped; this question and its answer are forgotten)" in out.getvalue()

@@ -25,6 +25,10 @@ def place(tmp_path_factory):
     return place
 
 
+def flags_of(verb: str) -> list:
+    return [kind for kind in VERBS[verb] if isinstance(kind, (str, type))]
+
+
 def call(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
@@ -80,8 +84,8 @@ def test_tokenizer(place, capsys):
     opened = load_tokenizer(place / "tok")
     assert len(opened) == 300
     assert call("tokenizer", "--out", place / "tok", "--show", "On a day") == 0
-    shown = capsys.readouterr().out
-    assert [int(token) for token in re.findall(r":(\d+)", shown)] == encode(opened, "On a day") and shown.startswith("'O':")
+    size, shown = capsys.readouterr().out.splitlines()
+    assert size.startswith("300 entries") and [int(token) for token in re.findall(r":(\d+)", shown)] == encode(opened, "On a day") and shown.startswith("'O':")
     before = (place / "texts.jsonl").read_text()
     assert call("tokenizer", "--data", place / "texts.jsonl", "--vocab-size", 300, "--out", place / "texts.jsonl") == 1
     assert (place / "texts.jsonl").read_text() == before and call("tokenizer", "--out", place / "nothing") == 1
@@ -96,11 +100,10 @@ def test_generate_repeats_with_its_seed(runs, capsys, name):
     assert texts[0] == texts[1] != texts[2] and texts[0].count("--- 2 of 2 ---") == 1
 
 
-def test_generate_shows_the_prompt_writes_json_and_warns_of_copies(runs, capsys):
+def test_generate_writes_json_and_warns_of_copies(runs, capsys):
     line = ["generate", runs / "ar", "--prompt", "Lucy", "--gen-length", 6, "--device", "cpu"]
     assert call(*line) == 0
     text = capsys.readouterr().out
-    assert call(*line, "--show-prompt") == 0 and capsys.readouterr().out == "Lucy" + text
     assert call(*line, "--json", "--samples", 2) == 0
     said = capsys.readouterr()
     assert [json.loads(record) for record in said.out.splitlines()] == [{"prompt": "Lucy", "text": text[:-1]}] * 2
@@ -126,7 +129,13 @@ def test_infill_keeps_what_is_given(runs, capsys):
         assert call(*line, "--samples", 2, "--temperature", 1, "--seed", seed, "--json") == 0
         texts.append([json.loads(record)["text"] for record in capsys.readouterr().out.splitlines()])
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 2
-    assert all(text.startswith("On a ") and " day" in text and text.endswith(".") and "<|mask|>" not in text for text in sum(texts, []))
+    assert all(text.startswith("On a") and " day" in text and text.endswith(".") and "<|mask|>" not in text for text in sum(texts, []))
+    from nanollada.backbone import load_run
+    from nanollada.cli import Infill
+    tokenizer = load_run(runs / "diffusion", "cpu")[1]
+    canvas = Infill(runs, "On a <|mask|> day<|mask|>.", gap=3).canvas(tokenizer, 100)
+    assert canvas.count(tokenizer.mask_token_id) == 6
+    assert tokenizer.decode([token for token in canvas[1:-1] if token != tokenizer.mask_token_id]) == "On a day."
 
 
 @pytest.mark.parametrize("name, metric", [("ar", "NLL"), ("diffusion", "NELBO")])
@@ -141,7 +150,7 @@ def test_eval_reports_with_settings(runs, capsys, name, metric):
 def tuned(runs):
     "Both runs, fine-tuned for a moment."
     for name in ("ar", "diffusion"):
-        assert call("sft", "--data", "toy", "--limit", 60, "--valid-conversations", 6, "--length", 400, "--init-from", runs / name,
+        assert call("sft", "--data", "toy", "--limit", 60, "--length", 400, "--init-from", runs / name,
                     "--out", runs / f"{name}_chat", *SFT) == 0
     return runs
 
@@ -227,7 +236,7 @@ def test_bench_without_a_run_says_how_to_get_one(tmp_path, capsys, monkeypatch):
 def test_the_module_is_a_command_for_launchers(tmp_path):
     for name in ("nanollada", "nanollada.cli"):
         done = subprocess.run([sys.executable, "-m", name, "generate", "none"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 1 and done.stderr.count("nanollada: none: no such run folder") == 1
+        assert done.returncode == 1 and done.stderr.count("nanollada: none/config.json: no such file") == 1
 
 
 def test_help_and_version_need_no_torch():
@@ -239,7 +248,7 @@ def test_help_and_version_need_no_torch():
 
 MISTAKES = {
     "missing file": (["pretrain", "--data", "none.jsonl", "--out", "x"], "none.jsonl"),
-    "no run": (["generate", "none"], "no such run folder"),
+    "no run": (["generate", "none"], "none/config.json: no such file"),
     "no prompt room": (["generate", "{runs}/diffusion", "--gen-length", "5000"], "context of 512"),
     "infill without a gap": (["infill", "{runs}/diffusion", "--prompt", "On"], r"no gap in 'On': write <\|mask\|>"),
     "infill by an ar model": (["infill", "{runs}/ar", "--prompt", "On <|mask|>"], "ar model, which cannot fill gaps"),
@@ -253,15 +262,15 @@ MISTAKES = {
     "not utf-8": (["pretrain", "--data", "{runs}/latin.txt", "--out", "x", "--cache", "{runs}/c"], "UTF-8"),
     "run in the way": (["pretrain", "--data", "{runs}/split", "--cache", "{runs}/cache", "--objective", "ar", "--out", "{runs}/ar"], "already holds a run"),
     "compare nothing": (["compare", "{runs}/ar", "{runs}/diffusion"], "give --prompt TEXT"),
-    "compare the wrong way round": (["compare", "{runs}/diffusion", "{runs}/ar", "--prompt", "a"], "objective diffusion; expected ar"),
-    "compare with no run": (["compare", "{runs}/ar", "none", "--prompt", "a"], "none: no such run folder"),
-    "compare chat with none": (["compare", "{runs}/ar_chat", "{runs}/diffusion", "--prompt", "a"], "ar_chat was fine-tuned on conversations"),
-    "compare an empty prompt": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompt", "a", "--prompt", " "], "prompt 2: the prompt is ' '"),
+    "compare the wrong way round": (["compare", "{runs}/diffusion", "{runs}/ar", "--prompt", "a"], "objective diffusion, ar; expected ar, diffusion"),
+    "compare with no run": (["compare", "{runs}/ar", "none", "--prompt", "a"], "none/config.json: no such file"),
+    "compare chat with none": (["compare", "{runs}/ar_chat", "{runs}/diffusion", "--prompt", "a"], "ar_chat, .*diffusion was fine-tuned on conversations"),
+    "compare an empty prompt": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompt", "a", "--prompt", " "], "the prompt is ' '"),
     "compare beyond the context": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompt", "a", "--gen-length", "5000"], "context of 512"),
     "compare no file": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "none.txt"], "none.txt: no such file"),
-    "compare a broken file": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/bad.jsonl"], r"bad\.jsonl:1: no prompt here"),
-    "compare not utf-8": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/latin.txt"], r"latin\.txt:1: not UTF-8"),
-    "chat with no run": (["chat", "none"], "no such run folder"),
+    "compare a broken file": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/bad.jsonl"], r"bad\.jsonl:1: no prompt"),
+    "compare not utf-8": (["compare", "{runs}/ar", "{runs}/diffusion", "--prompts", "{runs}/latin.txt"], r"latin\.txt:1: no"),
+    "chat with no run": (["chat", "none"], "none/config.json: no such file"),
     "chat with the other's flag": (["chat", "{runs}/ar_chat", "--steps", "4"], "steps is 4, which means nothing to an ar model"),
     "chat beyond the context": (["chat", "{runs}/ar_chat", "--gen-length", "5000"], "context of 512"),
     "sft on no file": (["sft", "--data", "none.jsonl", "--init-from", "{runs}/ar", "--out", "x"], "none.jsonl: no such file"),
@@ -270,7 +279,7 @@ MISTAKES = {
     "eval cold samples": (["eval", "{runs}/ar", "--samples", "4"], "samples at temperature 0 are all the same"),
     "eval one sample": (["eval", "{runs}/ar", "--samples", "1", "--temperature", "1"], "samples is 1"),
     "eval fewer than no samples": (["eval", "{runs}/ar", "--samples", "-1"], "samples is -1"),
-    "eval without masks": (["eval", "{runs}/diffusion", "--data", "toy", "--masks", "0"], "masks is 0; expected at least 1"),
+    "eval without masks": (["eval", "{runs}/diffusion", "--data", "toy", "--masks", "0"], "masks is 0; expected 1 to 10,000"),
     "eval questions of no talker": (["eval", "{runs}/ar", "--questions", "toy"], "ar was not fine-tuned on conversations"),
     "eval the language of nothing": (["eval", "{runs}/ar", "--data", "{runs}/split", "--language", "en"], "--language is about --data toy"),
     "eval the direction of nothing": (["eval", "{runs}/ar", "--data", "toy", "--direction", "forward"], "--direction is about --questions toy"),
@@ -279,9 +288,9 @@ MISTAKES = {
     "eval samples of a talker": (["eval", "{runs}/ar_chat", "--samples", "2", "--temperature", "1"], "ar_chat was fine-tuned to answer"),
     "eval no questions": (["eval", "{runs}/ar", "--questions", "{runs}/empty.jsonl"], "no conversations in it"),
     "eval no limit": (["eval", "{runs}/ar", "--questions", "toy", "--limit", "0"], "limit is 0"),
-    "eval flags of the other kind": (["eval", "{runs}/diffusion_chat", "--questions", "toy", "--top-k", "3"], "top_k is 3, which means nothing to a diffusion"),
+    "eval flags of the other kind": (["eval", "{runs}/ar_chat", "--questions", "toy", "--steps", "3"], "steps is 3, which means nothing to an ar model"),
     "eval nothing fits": (["eval", "{runs}/ar", "--data", "toy", "--canvas", "4"], "fits 4 tokens"),
-    "bench the wrong way round": (["bench", "sample", "--run", "{runs}/ar"], "exchange the two"),
+    "bench the wrong way round": (["bench", "sample", "--run", "{runs}/ar", "--ar-run", "{runs}/diffusion"], "objective diffusion, ar; expected ar"),
     "nothing to resume": (["pretrain", "--data", "{runs}/split", "--cache", "{runs}/cache", "--resume", "--out", "{runs}/new"], "nothing to resume"),
 }
 
@@ -295,7 +304,7 @@ def test_a_mistake_is_one_line_and_a_failure(tuned, capsys, monkeypatch, mistake
     (runs / "field.jsonl").write_text('{"body": "fine"}\n')
     (runs / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     arguments, message = MISTAKES[mistake]
-    small = {"pretrain": SMALL, "sft": SFT}.get(arguments[0], ["--device", "cpu"])
+    small = {"pretrain": SMALL, "sft": SFT, "tokenizer": []}.get(arguments[0], ["--device", "cpu"])
     assert call(*[argument.format(runs=runs) for argument in arguments], *small) == 1
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("nanollada:")]
@@ -336,7 +345,7 @@ def test_nothing_asked_is_helped(capsys):
 def test_too_little_memory_is_one_line(error, capsys, monkeypatch):
     def run(*_):
         raise error
-    monkeypatch.setitem(VERBS, "infill", (run, *VERBS["infill"][1:]))
+    monkeypatch.setitem(VERBS, "infill", (run, *flags_of("infill")))
     assert call("infill", "x") == 1 and capsys.readouterr().err.startswith("nanollada: not enough memory: lower the batch")
 
 
@@ -345,15 +354,26 @@ CTRL_C, TERMINATED = KeyboardInterrupt(), SystemExit(143)  # as the trainer ends
 
 
 @pytest.mark.parametrize("arguments, error, status, saved", [
-    (["chat", "x"], CTRL_C, 0, False), (["generate", "x"], CTRL_C, 130, False),
+    (["generate", "x"], CTRL_C, 130, False),
     (PRETRAIN, CTRL_C, 130, True), (TUNE, CTRL_C, 130, True), (PRETRAIN, TERMINATED, 143, True)])
 def test_stopping_speaks_of_saved_state_only_where_there_is_one(capsys, monkeypatch, arguments, error, status, saved):
     def stop(*_):
         raise error
-    monkeypatch.setitem(VERBS, arguments[0], (stop, *VERBS[arguments[0]][1:]))
+    monkeypatch.setitem(VERBS, arguments[0], (stop, *flags_of(arguments[0])))
     assert call(*arguments) == status
     said = capsys.readouterr()
-    assert ("--resume" in said.err) == saved and (said.out == "\n" and not said.err) == (arguments[0] == "chat")
+    assert said.err.startswith("nanollada: stopped") and ("--resume" in said.err) == saved and not said.out
+
+
+def test_a_chat_that_is_stopped_ends_as_at_the_end_of_the_input(tuned, capsys, monkeypatch):
+    import nanollada.chat
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(nanollada.chat, "run_chat", stop)
+    assert call("chat", tuned / "ar_chat", "--device", "cpu") == 0
+    said = capsys.readouterr()
+    assert said.out == "\n" and not said.err
 
 
 def test_toy_questions_and_documents_can_be_of_one_language(tuned, capsys, monkeypatch):
@@ -369,11 +389,11 @@ def test_toy_questions_and_documents_can_be_of_one_language(tuned, capsys, monke
         assert asked.pop() == toy_conversations(2, 1_000_003, language, direction)
 
 
-def test_skip_bad_lines_counts_them(runs, capsys):
+def test_skip_bad_lines_counts_them(runs, capsys, caplog):
     good = "".join(json.dumps({"text": story}) + "\n" for story in toy.sample(50, 3, "en"))
     (runs / "some.jsonl").write_text(good + "not json\n")
     assert call("data", runs / "some.jsonl", "--out", runs / "some", "--skip-bad-lines", "--valid-fraction", 0.2) == 0
-    assert json.loads(capsys.readouterr().out)["skipped_lines"] == 1
+    assert json.loads(capsys.readouterr().out)["train"]["documents"] > 30 and "some.jsonl: 1 bad lines skipped" in caplog.text
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -408,7 +428,7 @@ def test_readme_commands_exist():
 def _fields(verb: str) -> set[str]:
     "Names of all flags of a verb, those of nested configurations too."
     found = set()
-    kinds = [resolve_name(f"nanollada.{kind}") if isinstance(kind, str) else kind for kind in VERBS[verb][1:]]
+    kinds = [resolve_name(f"nanollada.{kind}") if isinstance(kind, str) else kind for kind in flags_of(verb)]
     while kinds:
         for field in dataclasses.fields(kinds.pop()):
             found.add(field.name)

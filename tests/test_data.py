@@ -21,8 +21,8 @@ import torch
 from nanollada import data as module
 from nanollada.ar import Autoregressive
 from nanollada.core import UserError
-from nanollada.data import (DataConfig, TokenStream, Windows, build_stream, held_out_rank, is_held_out, open_source,
-                            prepare_data, split_source)
+from nanollada.data import (DataConfig, TokenStream, Windows, build_stream, held_out_rank, open_source, prepare_data,
+                            split_source)
 from nanollada.tokenizer import encode, train_tokenizer
 from nanollada.toy import sample
 
@@ -72,8 +72,8 @@ def test_membership_is_what_it_always_was(fraction):
     "The first eight bytes of a BLAKE2b hash below the fraction: sets split before stay split the same way."
     for text in [*TEXTS, " 猫 ", "x" * 10_000]:
         digest = blake2b(text.strip().encode(), digest_size=16).digest()
-        assert is_held_out(text, fraction) == (int.from_bytes(digest[:8], "big") < fraction * 2**64)
-    assert is_held_out("猫", 0.228) and not is_held_out("猫", 0.227)
+        assert (held_out_rank(text) < fraction) == (int.from_bytes(digest[:8], "big") < fraction * 2**64)
+    assert 0.227 <= held_out_rank("猫") < 0.228
 
 
 def test_split_does_not_depend_on_order_or_company(tmp_path):
@@ -81,8 +81,8 @@ def test_split_does_not_depend_on_order_or_company(tmp_path):
     split(tmp_path / "a", texts, valid_fraction=0.2)
     split(tmp_path / "b", [*texts[::2], *texts[::2]][::-1], valid_fraction=0.2)
     (train, valid), (half_train, half_valid) = parts(tmp_path / "a"), parts(tmp_path / "b")
-    assert train == [text for text in texts if not is_held_out(text, 0.2)]
-    assert valid == [text for text in texts if is_held_out(text, 0.2)]
+    assert train == [text for text in texts if held_out_rank(text) >= 0.2]
+    assert valid == [text for text in texts if held_out_rank(text) < 0.2]
     assert set(half_train) <= set(train) and set(half_valid) <= set(valid) and len(half_train + half_valid) == 450
 
 
@@ -97,7 +97,7 @@ def test_small_sets_hold_out_at_least_a_tenth_or_64(tmp_path, n, least):
     texts = [f"document {i}" for i in range(n)]
     counts = split(tmp_path, texts + texts[:1], valid_fraction=0.01)
     train, valid = parts(tmp_path)
-    assert counts["valid"]["documents"] == len(valid) == max(least, sum(is_held_out(text, 0.01) for text in texts))
+    assert counts["valid"]["documents"] == len(valid) == max(least, sum(held_out_rank(text) < 0.01 for text in texts))
     assert sorted(train + valid) == sorted(texts) and counts["duplicates"]["documents"] == 1
     assert max(map(held_out_rank, valid)) < min(map(held_out_rank, train)), "chosen by the same numbers"
 
@@ -313,7 +313,7 @@ def test_prepare_data_end_to_end_and_cached(tmp_path, monkeypatch):
     cfg = DataConfig(path, vocab_size=300, valid_fraction=0.1, field="body", cache=tmp_path / "cache")
     train, valid, tokenizer = prepare_data(cfg)
     assert texts_of((train, valid), tokenizer) == set(TEXTS) and len(tokenizer) == 300
-    assert len(valid.doc_starts) - 1 == sum(is_held_out(text, 0.1) for text in TEXTS) or len(valid.doc_starts) == 31
+    assert len(valid.doc_starts) - 1 == sum(held_out_rank(text) < 0.1 for text in TEXTS) or len(valid.doc_starts) == 31
     (folder,) = (tmp_path / "cache").iterdir()
     kept = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert not {name for name in kept if name.endswith((".jsonl", ".tmp"))}, "no copy of the text stays"

@@ -16,7 +16,7 @@ from nanollada.tokenizer import encode, train_tokenizer
 
 MASK, EOS, N = 22, 3, 12
 PADDING = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
-PARALLEL = {"threshold": dict(commit="threshold", limit=0.3), "factor": dict(commit=by_factor, limit=8.0),
+PARALLEL = {"threshold": dict(commit=by_threshold, limit=0.3), "factor": dict(commit=by_factor, limit=8.0),
             "entropy": dict(commit=by_entropy, remasking="entropy", limit=3.0)}
 TIMID = {"threshold": 1.0, "factor": 1e-9, "entropy": 0.0}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from nanollada.core import UserError
 from nanollada.masking import (
-    SCHEDULES, Schedule, check_maskable, complementary, fixed_count_batch, get_schedule, mask_exactly, mask_tokens,
-    noise_batch, sample_t, subs_logits,
+    SCHEDULES, Schedule, check_maskable, fixed_count_batch, get_schedule, mask_exactly, mask_tokens, noise_batch,
+    sample_t,
 )
 
 MASK = 99
@@ -148,24 +148,6 @@ def test_counts_from_given_levels_and_rows_with_nothing_to_mask():
     assert not noised["mask"][1].any() and noised["weight"][1] == 0 and torch.isfinite(noised["weight"]).all()
 
 
-def test_complementary_covers_each_token_once():
-    x0, maskable = ids(9, 12), torch.rand(9, 12, generator=gen(0)) < 0.7
-    noised = noise_batch(x0, MASK, maskable, gen(1), t=torch.linspace(0.1, 1.0, 9))
-    mirrored = complementary(noised, MASK, maskable)
-    assert torch.equal(noised["mask"] ^ mirrored["mask"], maskable) and not (noised["mask"] & mirrored["mask"]).any()
-    assert torch.allclose(mirrored["weight"][:-1, 0], 1 / (1 - noised["t"][:-1]))
-    assert mirrored["weight"][-1] == 0 and not mirrored["mask"][-1].any()  # t = 1 leaves nothing to mirror
-
-
-def test_subs_never_answers_mask_and_keeps_the_other_odds():
-    logits = torch.randn(2, 5, 6, generator=gen(0), dtype=torch.float64)
-    before = logits.clone()
-    p = subs_logits(logits, 5).softmax(-1)
-    assert torch.equal(logits, before) and (p[..., 5] == 0).all()
-    assert torch.allclose(p[..., :5], logits[..., :5].softmax(-1))
-    assert torch.equal(subs_logits(logits, 77), logits)  # MASK is not in this vocabulary
-
-
 def test_a_token_hidden_at_t_was_hidden_at_s_with_probability_s_over_t():
     "The reverse process: with the same coins at both levels, as in the film strip."
     x0, t, s = torch.zeros(100_000, 3, dtype=torch.long), 0.8, 0.3
@@ -180,7 +162,6 @@ def test_nothing_is_asked_of_a_gpu():
     x0 = torch.zeros(4, 6, dtype=torch.long, device="meta")
     for noised in (noise_batch(x0, MASK), fixed_count_batch(x0, MASK, stratified=True)):
         assert {value.device.type for value in noised.values()} == {"meta"}
-        complementary(noised, MASK)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +179,6 @@ def test_nothing_is_asked_of_a_gpu():
         (lambda x: sample_t(0), "batch_size is 0"),
         (lambda x: sample_t(2, eps=1.0), "eps 1.0"),
         (lambda x: mask_exactly(x, torch.tensor([1, 4]), MASK), "counts are"),
-        (lambda x: complementary(noise_batch(x, MASK, schedule="cosine"), MASK), "weights of 1/t"),
     ],
 )
 def test_bad_input_is_explained(call, message):

@@ -11,7 +11,7 @@ from nanollada.backbone import Backbone, preset
 from nanollada.elbo import MaskedDiffusion
 from nanollada.fast import CachedDenoiser, CausalDenoiser
 from nanollada.guidance import RestrictedDenoiser
-from nanollada.sampler import Policy, finish, generate, prompt_canvas, write
+from nanollada.sampler import Policy, by_threshold, finish, generate, prompt_canvas, write
 from nanollada.trainer import TrainConfig, make_optimizers
 
 V, MASK = 40, 39
@@ -94,8 +94,8 @@ def run(denoiser, asked, policy, attention_mask=None):
     return steps
 
 
-COMMITS = [Policy(block_length=4, commit="threshold", limit=0.9, patience=2, eos_id=1),
-           Policy(block_length=4, commit="threshold", limit=0.9, temperature=0.7), Policy(block_length=4, cfg_scale=1.0),
+COMMITS = [Policy(block_length=4, commit=by_threshold, limit=0.9, patience=2, eos_id=1),
+           Policy(block_length=4, commit=by_threshold, limit=0.9, temperature=0.7), Policy(block_length=4, cfg_scale=1.0),
            Policy(block_length=4, remasking="entropy", temperature=1.0, top_k=5, top_p=0.9),
            Policy(block_length=4, suppress_confidence=(1,), suppress_tokens=(2,))]
 

@@ -226,9 +226,14 @@ def test_a_canvas_makes_diffusion_pay_for_the_length(folder):
         score_documents(model, tokenizer, ["Lucy"], n_samples=0)
 
 
+def test_a_wrong_preset_is_refused_before_data_are_prepared(tmp_path):
+    with pytest.raises(UserError, match="preset is 'huge'; expected toy or mini"):
+        PretrainConfig(data="toy", out=tmp_path / "run", preset="huge", cache=str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"objective": "gan"}, "objective is 'gan'"), ({"length": 1}, "length is 1"), ({"random_length": float("nan")}, "random_length is nan"),
-    ({"random_length": -1}, "0 to 1"), ({"valid_windows": -1}, "expected 1 to"), ({"context": 8}, "expected 64 to"),
+    ({"random_length": -1}, "0 to 1"), ({"train": {"valid_rows": -1}}, "expected 1 to"), ({"context": 8}, "expected 64 to"),
     ({"train": {"resume": True, "overwrite": True}}, "exclude"),
     ({"data": "nowhere.jsonl"}, "nowhere.jsonl"), ({"preset": "huge"}, "preset is 'huge'"), ({"init_from": "nowhere"}, "nowhere"),
 ])

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from nanollada.backbone import Backbone, preset
 from nanollada.checkpoint import latest_state, lock_folder
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
 from nanollada.elbo import MaskedDiffusion
-from nanollada.processes import matmul_parameters, open_processes, peak_flops, update_flops
+from nanollada.processes import open_processes, peak_flops, update_flops
 from nanollada.trainer import (TrainConfig, Training, draw_update, epoch_order, lr_at, make_optimizers, mean_and_error,
                                measure, parameter_groups, rows_of_step, split_batch, train, valid_batches, warm_up)
 
@@ -199,7 +200,7 @@ def test_killed_and_resumed_is_bitwise_the_whole_run(whole, tmp_path, mode, code
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_legs_of_moments_are_equal_too(tmp_path, optimizer):
-    cfg = replace(CONFIG, optimizer=optimizer, muon_lr_scale=0.5)
+    cfg = replace(CONFIG, optimizer=optimizer)
     unbroken, _ = go(cfg=cfg, out=tmp_path / "whole")
     with pytest.raises(RuntimeError, match="lights out"):
         go(cfg=cfg, out=tmp_path / "run", rows=Rows(hook=lights_out))
@@ -271,7 +272,7 @@ def test_resume_names_every_setting_that_differs(whole):
     with pytest.raises(UserError, match="seed was 0 and is 3.*n_train was 40 and is 39") as caught:
         go(cfg=other, rows=Rows(39), out=whole[0])
     assert "log_every" not in str(caught.value) and "micro" not in str(caught.value)
-    with pytest.raises(UserError, match="parameters was"):
+    with pytest.raises(UserError, match="different models"):
         go(net(width=9), AGAIN, whole[0])
 
 
@@ -293,7 +294,7 @@ class Trap:
 
 
 HARMS = {"model.safetensors": ["cut", "missing"], "optimizer.pt": ["cut", "missing", "trap"],
-         "trainer.json": ["cut", "missing", "[]", "{}", '{"step": 4}'], "train_config.json": ["[]", "cut"],
+         "trainer.json": ["cut", "missing", "[]", "{}", '{"step": 4}'],
          "metrics.jsonl": ['{"loss": 1}\n', "[]\n"]}
 
 
@@ -301,7 +302,7 @@ HARMS = {"model.safetensors": ["cut", "missing"], "optimizer.pt": ["cut", "missi
 def test_damage_names_the_file_and_runs_no_code(tmp_path, name, harm):
     cfg = replace(CONFIG, steps=4)
     go(cfg=cfg, out=tmp_path)
-    folder = tmp_path if name in ("train_config.json", "metrics.jsonl") else tmp_path / "state/step-00000004"
+    folder = tmp_path if name == "metrics.jsonl" else tmp_path / "state/step-00000004"
     path = folder / name
     content = path.read_bytes()
     path.unlink()
@@ -351,14 +352,6 @@ def test_write_that_the_system_refuses(tmp_path):
     done = program("full", tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("UserError")
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-00000012"]
-
-
-def test_metrics_that_cannot_be_written_are_a_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.EFBIG, "File too large")
-    monkeypatch.setattr(trainer, "append_jsonl", full)
-    with pytest.raises(UserError, match="metrics.jsonl: not written.*too large.*make room"):
-        go(out=tmp_path)
 
 
 # --- one batch, cut in many ways ------------------------------------------------------------------
@@ -502,14 +495,12 @@ def test_time_budget_moves_the_schedule_and_stops_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize("bad, words", [
-    ({"steps": 0}, "0; expected a whole number of at least 1"), ({"batch_size": 2.5}, "2.5; expected a whole"),
-    ({"batch_size": 10**9}, "at most 1,048,576 rows"), ({"micro_batch_size": 0}, "at least 1"),
-    ({"learning_rate": 0}, "above 0"), ({"learning_rate": math.nan}, "above 0"), ({"min_lr_ratio": 2}, "share"),
-    ({"warmup_steps": 2000}, "0 to steps"), ({"schedule": "linear"}, "wsd or cosine or constant"),
-    ({"decay_fraction": 0}, "share"), ({"optimizer": "sgd"}, "adamw or muon"), ({"betas": (0.9, 1.0)}, "below 1"),
-    ({"weight_decay": -1}, "0 or more"), ({"precision": "fp16"}, "bf16"), ({"clip": 0.0}, "above 0"),
-    ({"patience": 0}, "at least 1"), ({"seed": -1}, "integer"), ({"time_budget": 0}, "above 0"),
-    ({"resume": True, "overwrite": True}, "exclude")])
+    ({"steps": 0}, "1 to"), ({"batch_size": 10**9}, "1 to 1,048,576"), ({"micro_batch_size": 0}, "1 to"), ({"valid_rows": 0}, "1 to"),
+    ({"learning_rate": 0}, "1e-12 to"), ({"learning_rate": math.nan}, "1e-12 to"), ({"min_lr_ratio": 2}, "0 to 1"),
+    ({"warmup_steps": 2000}, "0 to 1,000"), ({"schedule": "linear"}, "wsd or cosine or constant"),
+    ({"decay_fraction": 0}, "1e-09 to 1"), ({"optimizer": "sgd"}, "adamw or muon"), ({"weight_decay": -1}, "0 to"),
+    ({"precision": "fp16"}, "bf16"), ({"clip": 0.0}, "1e-12 to"), ({"seed": -1}, "0 to 4,294,967,295"),
+    ({"time_budget": 0}, "1e-06 to"), ({"resume": True, "overwrite": True}, "exclude")])
 def test_config_is_checked(bad, words):
     with pytest.raises(UserError, match=f"{next(iter(bad))} is .*{words}"):
         TrainConfig(**bad)
@@ -541,12 +532,9 @@ def test_decay_shrinks_matrices_only():
     torch.testing.assert_close(model.lm_head.weight, before["lm_head.weight"] * 0.95)
 
 
-def test_what_no_optimizer_can_do_is_refused(monkeypatch):
+def test_what_no_optimizer_can_do_is_refused():
     with pytest.raises(UserError, match="no trainable parameters"):
         make_optimizers(net().requires_grad_(False), CONFIG)
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(UserError, match="use adamw"):
-        make_optimizers(net(), replace(CONFIG, optimizer="muon"))
 
 
 def test_frozen_parameters_stay(tmp_path):
@@ -568,7 +556,7 @@ def test_an_update_runs_on_the_meta_device(monkeypatch, kind):
                    replace(CONFIG, optimizer="muon", device=None))
     for _ in range(2):
         run.update()
-    assert run.step == 2 and run.meter.norm.is_meta and run.meter.sums.is_meta
+    assert run.step == 2 and run.window["norm"].is_meta and run.window["sums"].is_meta
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -653,29 +641,28 @@ def test_the_standard_error_is_that_of_the_mean():
     found = [mean_and_error(table) for table in tables]
     spread = torch.tensor([mean for mean, _ in found]).std().item()
     assert sum(error for _, error in found) / 400 == pytest.approx(spread, rel=0.2)
-    assert mean_and_error(torch.ones(2, 1))[1] == math.inf or math.isnan(mean_and_error(torch.ones(2, 1))[1])
+
+
+def test_a_single_row_has_no_error(tmp_path):
+    "An infinite one in Python; in the file, which must be JSON everywhere, none at all."
+    assert mean_and_error(torch.ones(2, 1)) == (1, math.inf)
+    go(out=tmp_path, valid=Rows(1))
+    found = [record for record in read_jsonl(tmp_path / "metrics.jsonl") if record["split"] == "valid"]
+    assert len(found) == 4 and all("standard_error" not in record for record in found)
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (tmp_path / "metrics.jsonl").read_text()))
+
+
+def test_validation_stops_at_so_many_rows():
+    run = Training(net(), Toy(), Rows(), replace(CONFIG, valid_rows=4), VALID)
+    first = Training(net(), Toy(), Rows(), CONFIG, VALID)
+    assert measure(run, VALID).shape == (2, 4) and measure(first, VALID).shape == (2, 11)
+    assert {int(n) for batch in valid_batches(VALID, Toy(), 4) for n in batch["row"]} == {0, 1, 2, 3}
 
 
 def test_without_validation_the_last_weights_are_kept(tmp_path):
     model, result = go(out=tmp_path, valid=None)
     assert result.best is None and result.saved == 24 and all(r["split"] == "train" for r in result.history)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in load_file(tmp_path / "model.safetensors").items())
-
-
-def test_patience_counts_evaluations_without_progress(tmp_path):
-    class Worse(Toy):
-        "Each validation is worse than the one before."
-        seen = 0
-
-        def terms(self, model, batch):
-            nats, count = super().terms(model, batch)
-            self.seen += not model.training
-            return nats * (1 if model.training else 1 + self.seen), count
-    cfg = replace(CONFIG, eval_every=2, patience=3)
-    _, result = go(cfg=cfg, out=tmp_path, objective=Worse())
-    assert result.stopped == "patience" and result.steps == 2 + 3 * 2 and result.best["step"] == result.saved == 2
-    _, result = go(cfg=replace(cfg, resume=True), out=tmp_path, objective=Worse())
-    assert result.stopped == "patience" and result.steps == 8
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "validation"])
@@ -770,8 +757,8 @@ def test_padded_and_unpadded_rows_are_both_rehearsed():
             rows = super().batch(indices, generator)
             return rows | {"real": torch.ones_like(rows["scored"]) & (torch.arange(7) < 7 - torch.arange(len(indices))[:, None] % 2)}
     run, kinds = Training(net(), Toy(), Padded(), CONFIG), set()
-    forward = run.forward
-    run.forward = lambda piece: kinds.add("real" in piece) or forward(piece)
+    terms = run.terms
+    run.terms = lambda piece: kinds.add("real" in piece) or terms(piece)
     warm_up(run)
     assert kinds == {True, False} and all(p.grad is None for p in run.model.parameters()) and run.step == 0
 
@@ -792,13 +779,6 @@ def test_a_batch_that_counts_nothing_does_not_end_the_run(share):
         assert result.steps == 24 and len(result.history) < 24 and all(p.isfinite().all() for p in model.parameters())
     with pytest.raises(UserError, match="of 0 rows"):
         go(rows=Rows(0))
-
-
-def test_out_of_memory_is_explained():
-    def full(call):
-        raise torch.OutOfMemoryError("no memory")
-    with pytest.raises(UserError, match="out of memory at step 0 with 2 rows per forward pass"):
-        go(rows=Rows(hook=full))
 
 
 def test_bar_is_silent_when_off_and_shows_the_clock_of_a_budget(capfd):
@@ -825,16 +805,14 @@ def test_recompute_is_switched_on_for_the_training_only():
     go(plain, replace(CONFIG, steps=4))
     go(again, replace(CONFIG, steps=4, recompute=True))
     assert (plain.seen, again.seen, again.recompute) == (False, True, False) and same(plain, again)
-    with pytest.raises(UserError, match="recompute is on, which a Net does not know"):
-        go(cfg=replace(CONFIG, steps=4, recompute=True))
 
 
 # --- utilisation ----------------------------------------------------------------------------------
 
 def test_peaks_are_those_of_the_precision():
-    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 990e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("Abacus") is None
-    assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32") == 156e12 and peak_flops("NVIDIA A100", "no") == 19.5e12
+    assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 990e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12 and peak_flops("Abacus", "bf16") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "no") == 156e12  # TF32
 
 
 @pytest.mark.parametrize("kind", ["ar", "diffusion"])
@@ -848,20 +826,21 @@ def test_operations_are_those_that_are_computed(kind):
     batch = with_places(objective.noise(rows, make_generator(0, "flops")))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counts both halves of attention
         objective.terms(model, batch)[0].sum().backward()
-    mine = update_flops(model, matmul_parameters(model), batch, causal=False)
+    mine = update_flops(model, batch, causal=False)
     norms = sum(p.numel() for p in model.parameters() if p.ndim < 2) * 6 * batch["ids"].numel()
     assert mine - norms == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    assert update_flops(model, matmul_parameters(model), batch, causal=True) < mine
+    assert update_flops(model, batch, causal=True) < mine
 
 
-def test_mfu_is_recorded_and_tied_tables_count_once():
-    _, result = go(cfg=replace(CONFIG, peak_flops=1e12))
+def test_mfu_is_recorded_and_tied_tables_count_once(monkeypatch):
+    monkeypatch.setattr(trainer, "peak_flops", lambda *_: 1e12)
+    _, result = go()
     first = result.history[0]
     assert 0 < first["mfu"] < 6 * 200 * first["tokens_per_second"] / 1e12
-    model = net()
-    trunk, head = matmul_parameters(model)
+    model, batch = net(), {"ids": torch.zeros(2, 5), "places": torch.arange(3)}
+    apart = update_flops(model, batch, causal=True)
     model.lm_head.weight = model.embed.weight
-    assert matmul_parameters(model) == (trunk, head) == (8 * 8 + 8 + 2 * 8, 88)
+    assert update_flops(model, batch, causal=True) == apart == 6 * (8 * 8 + 8 + 2 * 8) * 10 + 6 * 88 * 3
 
 
 if __name__ == "__main__":
