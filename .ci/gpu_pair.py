@@ -18,8 +18,8 @@ from nanollada.checkpoint import latest_state
 from nanollada.cli import main as nanollada
 
 PARTS = {1: "ar", 2: "diffusion", 3: "diffusion_from_ar"}
-FULL = ["--preset", "30m", "--length", 256, "--batch-size", 256, "--warmup-steps", 200, "--valid-windows", 256]
-SMALL = ["--preset", "toy", "--length", 64, "--batch-size", 8, "--warmup-steps", 5, "--eval-every", 20, "--valid-windows", 8]
+FULL = ["--preset", "30m", "--length", 256, "--batch-size", 256, "--warmup-steps", 200, "--valid-rows", 256]
+SMALL = ["--preset", "toy", "--length", 64, "--context", 256, "--batch-size", 8, "--warmup-steps", 5, "--eval-every", 20, "--valid-rows", 8]
 
 
 def call(*words: object) -> None:

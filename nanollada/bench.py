@@ -161,7 +161,7 @@ class SampleBench(Bench):
     ar_run: Path = Path("runs/demo/ar")  # run folder of its autoregressive twin, which also judges
     gen_length: int = 60  # tokens to write at most
     temperature: float = 0.5  # of the draws
-    batch_sizes: tuple[int, ...] = (1, 16)  # texts written together
+    batch_sizes: tuple[int, ...] = (1, 8)  # texts written together
     variants: tuple[Literal[tuple(WAYS)], ...] = tuple(WAYS)  # which ways
 
 # %% ../nbs/99_bench.ipynb #bench_sample

@@ -71,11 +71,10 @@ class Chat:
     def context(self, turns: list[dict[str, str]]) -> tuple[list[int], int]:
         "Ids of the turns that fit, and how many do not. Raises `UserError` if not even the question fits."
         size, n = self.model.cfg.max_position_embeddings, self.cfg.length
-        found = fit_context(self.form, self.form.encode(turns), size - n)
-        if found is None:
-            raise UserError(f"the question and an answer of {n} tokens do not fit the context of {size}: "
-                            "ask something shorter, or lower gen_length")
-        return found
+        if found := fit_context(self.form, self.form.encode(turns), size - n):
+            return found
+        raise UserError(f"the question and an answer of {n} tokens do not fit the context of {size}: "
+                        "ask something shorter, or lower gen_length")
 
 # %% ../nbs/14a_chat.ipynb #show_in_terminal
 def show_in_terminal(steps: Iterator[ChatStep], stdout: TextIO) -> ChatStep:

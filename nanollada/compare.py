@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,14 +27,11 @@ from .fast import DIFFUSION_SETTINGS, WriteConfig, check_room, write_ids, write_
 from .guidance import trim_answers
 from .likelihood import bits_per_byte
 from .pretrain import score_documents
-from .sft import QUESTION_FIELDS, ChatFormat, Conversation, exact_match, is_text, with_canvas
+from .sft import QUESTION_FIELDS, ChatFormat, exact_match, is_text, with_canvas
 from .sources import read_records
 from .tokenizer import Tokenizer, encode
 from .toy import Language, is_valid
-from .viz import COLOURS, draw_order, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .viz import COLOURS, Figure, draw_order, save_figure
 
 # %% ../nbs/15_compare.ipynb #time_answer
 def time_answer(model: Backbone, context: list[int], tokenizer: Tokenizer, cfg: WriteConfig) -> dict:
@@ -148,7 +145,7 @@ def comparison_markdown(report: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/15_compare.ipynb #draw_comparison
-def draw_comparison(answers: list[dict]) -> "Figure":
+def draw_comparison(answers: list[dict]) -> Figure:
     "Of six prompts at most the diffusion answer by the pass that wrote it, and tokens of both against time."
     import matplotlib.pyplot as plt
     n = len(answers[:6])

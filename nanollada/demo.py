@@ -58,7 +58,8 @@ def train_one(cfg: DemoConfig, name: str) -> dict[str, float]:
     learn = TrainConfig(
         steps=steps, batch_size=16, learning_rate=4e-3, warmup_steps=min(40, steps // 4), optimizer="muon",
         precision="no", decay_fraction=0.5, min_lr_ratio=0.02, save_every=steps, eval_every=-(-steps // 5),
-        log_every=-(-steps // 50), overwrite=True, seed=cfg.seed, progress=cfg.progress, device=cfg.device)
+        log_every=-(-steps // 50), valid_rows=64, overwrite=True, seed=cfg.seed, progress=cfg.progress,
+        device=cfg.device)
     result = pretrain(PretrainConfig(
         data="toy", out=cfg.out / name, objective="ar" if name == "ar" else "diffusion", preset="toy",
         tokenizer=str(cfg.out / "tokenizer"), init_from=cfg.out / "ar" if "from_ar" in name else None,

@@ -36,8 +36,7 @@ class Keeping(Denoiser):
         self.mask_id = model.cfg.vocab_size if mask_id is None else mask_id
 
     def open(self, ids: Tensor, attention_mask: Tensor | None = None) -> "Keeping":
-        "One with an empty cache for this canvas (B, L)."
-        other = copy(self)
+        other = copy(self)  # with an empty cache for this canvas
         other.cache = KVCache(self.model.cfg, *ids.shape, ids.device, self.model.lm_head.weight.dtype)
         other.store, other.order, other.lo = other.cache.store, list(range(len(ids))), None
         other.slot = torch.arange(len(ids), device=ids.device)  # where in the cache a row is
@@ -45,18 +44,16 @@ class Keeping(Denoiser):
 
     def focus(self, lo: int, hi: int, rows: list[int], fresh: bool) -> None:
         "The next `at` asks about columns lo to hi of these rows; fresh: for the first time."
-        n, busy = len(rows), set(rows)
-        ahead = [i for i, row in enumerate(self.order) if i < n and row not in busy]
-        behind = [i for i, row in enumerate(self.order) if i >= n and row in busy]
-        for i, j in zip(ahead, behind):  # exchange them
-            kept = self.store[:, :, i].clone()
-            self.store[:, :, i] = self.store[:, :, j]
-            self.store[:, :, j] = kept
-            self.order[i], self.order[j] = self.order[j], self.order[i]
-        if ahead:
-            self.slot = torch.tensor(self.order).argsort().to(self.slot.device, non_blocking=True)
-        in_order = self.order[:n] == list(range(len(self.order)))
-        self.rows = None if in_order else self.slot.argsort()[:n]
+        n, busy, order = len(rows), set(rows), self.order
+        idle = [i for i in range(n) if order[i] not in busy]
+        late = [i for i in range(n, len(order)) if order[i] in busy]
+        if idle:  # exchange them
+            to, of = torch.tensor([idle + late, late + idle]).to(self.slot.device, non_blocking=True)
+            self.store[:, :, to] = self.store[:, :, of]
+            for i, j in zip(idle, late):
+                order[i], order[j] = order[j], order[i]
+            self.slot = torch.tensor(order).argsort().to(self.slot.device, non_blocking=True)
+        self.rows = None if order[:n] == list(range(len(order))) else self.slot.argsort()[:n]
         self.cache.store, self.stretch = self.store[:, :, :n], self.plan(lo, hi, fresh)
 
     @torch.inference_mode()
@@ -80,8 +77,7 @@ class CachedDenoiser(Keeping):
     def __init__(
         self,
         model: Backbone,  # a diffusion model
-        refresh: Literal["near", "full", "always"] = "near",  # first compute the block before, or all;
-        # "always" computes everything in each pass, and is no approximation
+        refresh: Literal["near", "full", "always"] = "near",  # first the block before too, or all
         ahead: int | None = 32,  # masks behind the block that exist for it; None: all
     ):
         super().__init__(model)
@@ -133,7 +129,7 @@ def by_entropy(score: Tensor, policy: Policy) -> Tensor:
     fits[:, 0] = True
     return torch.zeros_like(fits).scatter(1, order, fits)
 
-# %% ../nbs/13_fast.ipynb #FAST
+
 FAST = Policy(block_length=12, remasking="entropy", commit=by_entropy, limit=0.1)
 DIFFUSION_SETTINGS = ("fast", "steps", "block_length", "remasking", "cfg_scale", "eos", "doubt")
 Rule = Literal["low_confidence", "margin", "entropy", "random", "random_bernoulli", "ancestral"]
@@ -203,19 +199,18 @@ def writer(model: Backbone, fast: bool = True) -> Denoiser:
 def decode(
     model: Backbone,  # autoregressive
     prompt: Tensor,  # (B, P) int64, P >= 1; shorter prompts padded on the left
-    max_new_tokens: int,  # how many to write at most
+    max_new_tokens: int,  # how many to write at most; after `eos_id` comes nothing else
     *,
     temperature: float = 1.0,  # 0 takes the likeliest token
-    eos_id: int | None = None,  # a row ends with this token; the rest of it is filled with it
     attention_mask: Tensor | None = None,  # (B, P), 0 at the padding; only when padded
     generator: torch.Generator | Sequence[torch.Generator] | None = None,  # random stream, or one per row
-    **changes: object,  # top_k, top_p, and other fields of `Policy`
+    **changes: object,  # eos_id, top_k, top_p, and other fields of `Policy`
 ) -> Tensor:  # (B, P + max_new_tokens)
     "Continue each prompt, token by token. Raises `UserError` for an empty prompt or a full context."
     denoiser = CausalDenoiser(model)
     check_room(model, prompt.shape[-1], max_new_tokens)
     canvas = prompt_canvas(prompt, denoiser.mask_id, max_new_tokens, attention_mask)
-    policy = Policy(block_length=1, temperature=temperature, eos_id=eos_id, **changes)
+    policy = Policy(block_length=1, temperature=temperature, **changes)
     return finish(write(denoiser, policy=policy, generator=generator, **canvas))
 
 
@@ -227,13 +222,10 @@ def check_room(model: Backbone, prompt: int, new: int) -> None:
 
 # %% ../nbs/13_fast.ipynb #write_steps
 def write_steps(
-    model: Backbone,  # of either objective
-    contexts: list[list[int]],  # ids of each context, up to where the text begins
-    tokenizer: Tokenizer,  # says which token ends and which pads
-    cfg: WriteConfig,  # how to write
-    generator: torch.Generator | None = None,  # random stream; None: from cfg.seed
+    model: Backbone, contexts: list[list[int]], tokenizer: Tokenizer, cfg: WriteConfig,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Step]:
-    "Write after each context, pass by pass. Raises `UserError` for too long a context."
+    "Write after each context, pass by pass, as `write_ids`. Raises `UserError` for too long a context."
     policy, n = cfg.policy(model.cfg.objective, tokenizer.eos_token_id), cfg.length
     denoiser, device = writer(model, not cfg.official), model.lm_head.weight.device
     prompt, real = left_pad(contexts, tokenizer.pad_token_id)

@@ -33,12 +33,8 @@ def infill(
     return finish(write(denoiser, canvas, **settings))
 
 # %% ../nbs/11_guidance.ipynb #answer_lengths
-def answer_lengths(
-    ids: Tensor,  # ids (B, P + n)
-    eos_id: int,  # id of the end token
-    prompt_length: int = 0,  # P: positions that do not count
-) -> Tensor:  # int64 (B,), from 0 to n
-    "How many tokens each answer has before its first EOS; all of them if there is none."
+def answer_lengths(ids: Tensor, eos_id: int, prompt_length: int = 0) -> Tensor:
+    "How many tokens (B,) each answer has behind the prompt and before its first EOS; all if there is none."
     return ((ids[:, prompt_length:] == eos_id).cumsum(1) == 0).sum(1)
 
 
@@ -49,15 +45,9 @@ def trim_answers(ids: Tensor, eos_id: int, prompt_length: int = 0) -> list[list[
 
 # %% ../nbs/11_guidance.ipynb #RestrictedDenoiser
 class RestrictedDenoiser(Denoiser):
-    "A denoiser that never predicts some tokens at some positions, such as EOS among the first words."
+    "A denoiser that never predicts `tokens` where `positions` (B, L) or (1, L) is True, such as EOS early."
 
-    def __init__(
-        self,
-        denoiser: Denoiser | Callable[..., Tensor],  # or any callable ids (B, L) -> logits (B, L, V)
-        tokens: Sequence[int],  # the ids it may not predict
-        positions: Tensor,  # bool (B, L) or (1, L), True where it may not
-        mask_id: int | None = None,  # id of the mask token, if the denoiser does not know it
-    ):
+    def __init__(self, denoiser: Denoiser | Callable, tokens: Sequence[int], positions: Tensor, mask_id=None):
         self.denoiser, self.tokens, self.positions = as_denoiser(denoiser, mask_id), [*tokens], positions
         self.mask_id = self.denoiser.mask_id
 

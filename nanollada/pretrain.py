@@ -79,7 +79,7 @@ class PretrainConfig(DataConfig):
         rows = self.train.micro_batch_size or many
         if rows * self.length > 2**23 or many * self.length > 2**28:
             raise UserError(f"length is {self.length:,}, with {rows:,} rows a pass, {many:,} an update; "
-                            "expected 8 million tokens a pass at most: lower length, micro_batch_size or batch_size")
+                            "expected 8 million tokens a pass at most: lower length or micro_batch_size")
         if any("\ud800" <= letter <= "\udfff" for letter in str(self.out)):
             raise UserError(f"out is {ascii(str(self.out))}, no UTF-8; choose another name")
 

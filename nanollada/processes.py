@@ -161,8 +161,7 @@ def open_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
     "The checkpoint to go on from; None if the run begins, and then the folder holds nothing of an older one."
     found, model = latest_state(out / "state"), out / "model.safetensors"
     if resume and not found and (model.exists() or not (out / "train_config.json").exists()):
-        raise UserError(f"{out}: nothing to resume, no checkpoint in its folder state. Check the folder; "
-                        "a run that was stopped before its first checkpoint begins anew without resume")
+        raise UserError(f"{out}: nothing to resume, no checkpoint: check the folder, or leave resume out")
     if resume:
         return found
     if (found or model.exists()) and not overwrite:

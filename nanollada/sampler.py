@@ -156,9 +156,7 @@ def opened(denoiser: Denoiser, ids: Tensor, real: Tensor | None) -> Denoiser:
 class Writing:
     "A batch in the making. The host knows what was to do, and plans; the device knows what is."
 
-    def __init__(
-        self, denoiser: Denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real=None, generator=None
-    ):
+    def __init__(self, denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real=None, generator=None):
         self.policy, self.mask_id, self.real, self.generator = policy, denoiser.mask_id, real, generator
         self.known, self.maskable, self.nfe = maskable, maskable.to(canvas.device), 0
         self.todo, self.ids = self.maskable, canvas.masked_fill(self.maskable, self.mask_id)

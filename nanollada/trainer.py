@@ -151,7 +151,7 @@ def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list
 
 # %% ../nbs/08_trainer.ipynb #Learner
 class Learner:
-    "A model, what it learns, from which rows, and its optimizers. `update` changes the weights once."
+    "A model, what it learns, from which rows, and its optimizers; `take_update` uses them."
 
     def __init__(self, model: nn.Module, objective: Objective, rows: object, cfg: TrainConfig):
         self.model, self.objective, self.rows, self.cfg = model, objective, rows, cfg
@@ -184,10 +184,6 @@ class Learner:
         levels = getattr(self.objective, "levels", None)
         parts = [nats.detach().sum()[None], *(levels(nats, piece) if levels else ())]
         self.window.update(sums=torch.cat([part.float() for part in parts]), flops=flops)
-
-    def update(self) -> None:
-        "One update of the weights."
-        take_update(self)
 
 # %% ../nbs/08_trainer.ipynb #take_update
 def take_update(run: Learner) -> None:
@@ -247,15 +243,14 @@ def keep_record(run: "Training", record: dict) -> None:
     "Add to history, file and bar; `UserError` for what is not finite, before such weights are saved."
     for name in ("loss", "grad_norm"):
         if not math.isfinite(record.get(name, 0.0)):
-            raise UserError(f"{record['split']} {name} is {record[name]} by step {run.step}: lower the rate, "
-                            "clip at 1.0, warm up longer, or try precision='no'. Last whole checkpoint: "
-                            f"{run.out and latest_state(run.out / 'state')}")
+            last, which = run.out and latest_state(run.out / "state"), f"{record['split']} {name}"
+            raise UserError(f"{which} is {record[name]} by step {run.step}: lower the rate. Kept: {last}")
     record = {name: value for name, value in record.items() if value != math.inf}  # which is no JSON
     run.history.append(record | {"seconds": time.perf_counter() - run.started})
     if run.writes:
         append_jsonl(run.out / "metrics.jsonl", run.history[-1])
     run.shown[f"{record['split']} loss"] = f"{record['loss']:.4f}"
-    if "tokens_per_second" in record:
+    if record["split"] == "train":
         run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
     run.bar.set_postfix(run.shown, refresh=False)
 
@@ -286,17 +281,19 @@ _STAND = ("step", "best", "best_nats", "saved", "seconds", "settings")  # where 
 
 class Training(Learner):
     "A learner with a record and a folder: `update`, `validate` and `save`, by hand or by `train`."
+    update = take_update
 
     def __init__(self, model, objective, rows, cfg, valid=None, out=None, save=None, info=None):
         super().__init__(model, objective, rows, cfg)
         self.valid = valid if valid is not None and len(valid) else None
         self.out, self.write_model, self.info = None if out is None else Path(out), save, info or {}
         self.writes = out is not None and self.state.is_main_process
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
         self.history, self.best, self.best_nats, self.saved, self.shown = [], None, None, None, {}
         self.bar, self.started, self.asked = tqdm(disable=True), time.perf_counter(), 0
         self.settings = {name: value for name, value in asdict(cfg).items() if name not in _FREE}
-        self.settings |= {"n_train": len(rows), "n_valid": len(self.valid or ()),
-                          "parameters": sum(p.numel() for p in model.parameters())} | self.info.get("fixed", {})
+        self.settings |= {"n_train": len(rows), "n_valid": len(self.valid or ())} | self.info.get("fixed", {})
 
     def validate(self) -> bool:
         "Measure, record, and say whether these weights are to be kept."
@@ -324,9 +321,8 @@ class Training(Learner):
 # %% ../nbs/08_trainer.ipynb #describe
 def describe(run: Training) -> None:
     "Write train_config.json: how it trains, and of which update the saved weights are."
-    settings = {name: value for name, value in asdict(run.cfg).items() if name not in ("resume", "overwrite")}
     facts = {"processes": run.world, "sharded": is_sharded(), "torch": torch.__version__, "saved": run.saved}
-    write_json(run.out / "train_config.json", settings | facts | run.info)
+    write_json(run.out / "train_config.json", asdict(run.cfg) | facts | run.info)
 
 
 def restore(run: Training, checkpoint: Path | None) -> None:
@@ -376,9 +372,8 @@ class TrainResult:
 
 def why_stop(run: Training) -> str | None:
     "Whether the run is over, and why."
-    if run.step >= run.cfg.steps:
-        return "steps"
-    return "time" if run.seconds >= (run.cfg.time_budget or math.inf) else None
+    over = run.seconds >= (run.cfg.time_budget or math.inf)
+    return "steps" if run.step >= run.cfg.steps else "time" if over else None
 
 
 def attend(run: Training, received: list[int]) -> None:
@@ -411,10 +406,7 @@ def train(
     save: Callable | None = None,  # save(model, folder, weights=None); weights: whole, if they are sharded
     info: dict[str, dict] | None = None,  # more for train_config.json; "fixed" must be equal on resume
 ) -> TrainResult:  # history, best validation, time
-    """Minimise a loss; the folder gets the latest weights within a standard error of the lowest validation.
-
-    Raises `UserError` for what a person can mend. After SIGINT or SIGTERM it saves, then stops.
-    """
+    "Minimise a loss; the folder gets the latest weights within an error of the lowest one. `UserError`."
     if cfg.resume and out is None:
         raise UserError("resume needs the folder of the run in `out`")
     atexit.unregister(leave_group)  # a process that fails must not wait for the others

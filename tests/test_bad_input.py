@@ -215,15 +215,21 @@ def test_prompts_nested_deeply(runs):
     refused(runs, ["compare", "ar", "diffusion", "--prompts", "prompts.jsonl"], "prompts.jsonl:1")
 
 
-RECORDS = {"train_config.json": ("[]", "null", nest()), "metrics.jsonl": ('{"loss": 1}\n', "[]\n", nest() + "\n")}
+AGAIN = [("ar" if word == "new" else word) for word in PRETRAIN] + ["--objective", "ar", "--resume", "--steps", 3]
 
 
-@pytest.mark.parametrize("file, text", [(file, text) for file, texts in RECORDS.items() for text in texts],
-                         ids=lambda value: value[:12].strip())
-def test_resuming_from_a_spoilt_record(runs, file, text):
-    (runs / "ar" / file).write_text(text)
-    again = [*PRETRAIN, "--objective", "ar", "--resume", "--steps", 3]
-    refused(runs, [("ar" if word == "new" else word) for word in again], file)
+@pytest.mark.parametrize("text", ['{"loss": 1}\n', "[]\n", nest() + "\n"], ids=lambda value: value[:12].strip())
+def test_resuming_from_a_spoilt_record(runs, text):
+    (runs / "ar" / "metrics.jsonl").write_text(text)
+    refused(runs, AGAIN, "metrics.jsonl")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", nest()], ids=lambda value: value[:12].strip())
+def test_a_spoilt_description_is_written_anew(runs, text):
+    "Nothing is read from it when a run goes on: the checkpoint holds the settings."
+    path = runs / "ar" / "train_config.json"
+    path.write_text(text)
+    assert attempt(runs, AGAIN) == (0, "") and json.loads(path.read_text())["steps"] == 3
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", nest()], ids=lambda text: text[:4])
@@ -232,8 +238,7 @@ def test_resuming_from_a_spoilt_state(runs, text):
     assert records
     for path in records:
         path.write_text(text)
-    again = [*PRETRAIN, "--objective", "ar", "--resume", "--steps", 3]
-    refused(runs, [("ar" if word == "new" else word) for word in again], ".json")
+    refused(runs, AGAIN, ".json")
 
 
 TEMPLATES = [3, {"a": 1}, "{{ 1/0 }}", "{% include 'x' %}", "{{ 'a' * 10**10 }}", "{{ messages.__class__.__mro__ }}",

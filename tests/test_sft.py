@@ -21,7 +21,7 @@ from nanollada.pretrain import cross, make_objective
 from nanollada.sft import (ChatFormat, Conversation, SftConfig, SftRows, answer, check_turns, encode_pairs, exact_match,
                            fit_context, hold_out, open_conversations, poem_conversations, read_conversations, sft,
                            toy_conversations, turns_of, with_canvas)
-from nanollada.tokenizer import encode, encode_batch, load_tokenizer, train_tokenizer
+from nanollada.tokenizer import encode, load_tokenizer, train_tokenizer
 from nanollada.toy import questions
 from nanollada.trainer import TrainConfig, lr_at
 

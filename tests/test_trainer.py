@@ -233,7 +233,7 @@ def test_resume_may_train_longer(tmp_path):
 
 def test_resume_of_a_run_killed_early(whole, tmp_path):
     "attack, kill and resume: before the first checkpoint it begins anew; before train_config.json it says so."
-    with pytest.raises(UserError, match="nothing to resume.*begins anew without resume"):
+    with pytest.raises(UserError, match="nothing to resume.*leave resume out"):
         go(cfg=AGAIN, out=tmp_path / "run")
     (tmp_path / "run/train_config.json").write_text("{}")
     assert same(go(cfg=AGAIN, out=tmp_path / "run")[0], whole[1])
@@ -565,7 +565,7 @@ def test_run_folder_and_records(whole):
     out, model, result = whole
     assert {p.name for p in out.iterdir()} == {"state", "metrics.jsonl", "train_config.json", "model.safetensors", ".lock"}
     record = read_json(out / "train_config.json")
-    assert record["learning_rate"] == 1e-2 and record["saved"] == result.saved and "resume" not in record
+    assert record["learning_rate"] == 1e-2 and record["saved"] == result.saved
     assert read_jsonl(out / "metrics.jsonl") == result.history
     assert [r["step"] for r in result.history if r["split"] == "valid"] == [6, 12, 18, 24]
     assert [r["step"] for r in result.history][0] == 1  # the bar shows a loss from the first update on
@@ -741,7 +741,7 @@ def test_compile_is_rehearsed_before_the_clock_and_undone(monkeypatch):
             return self.model(ids)
     calls = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: calls.append((self, dynamic)))
-    monkeypatch.setattr(trainer.Learner, "update", lambda run: shapes.append(list(model.seen)) or trainer.take_update(run))
+    monkeypatch.setattr(trainer.Training, "update", lambda run: shapes.append(list(model.seen)) or trainer.take_update(run))
     model, shapes = Wrapped(), []
     plain = deepcopy(model)
     go(model, replace(CONFIG, steps=4, compile=True))
