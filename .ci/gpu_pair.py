@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     shutil.copy(folder / "metrics.jsonl", s.out / name)
     save_torch_state_dict(load_run(folder, "cpu", torch.bfloat16)[0].state_dict(), s.out / name, max_shard_size="14MB")
     if s.part == 3:
-        call("bench", "sample", "--run", folder, "--ar-run", s.runs / "ar", "--json", s.out / "bench_sample.json")
+        brief = ["--seconds", 0.1, "--batch-sizes", 1] * s.small
+        call("bench", "sample", "--run", folder, "--ar-run", s.runs / "ar", "--json", s.out / "bench_sample.json", *brief)
 
 
 if __name__ == "__main__":

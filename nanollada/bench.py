@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .ar import Batch, Objective
 from .backbone import PRESETS, Backbone, preset

@@ -89,37 +89,41 @@ def measure(cfg: DemoConfig, name: str) -> dict:
     model, tokenizer, _ = load_run(cfg.out / name, cfg.device)
     texts = toy.sample(cfg.scored, cfg.seed + 1000)
     nats, counts = score_documents(model, tokenizer, texts, canvas=ROW, seed=cfg.seed)
-    found = {"per_document": nats.mean().item(), "per_token": (nats.sum() / counts.sum()).item(),
-             "standard_error": (nats.std() / len(nats) ** 0.5).item(), "tokens": counts.mean().item()}
+    loss = {"per_document": nats.mean().item(), "per_token": (nats.sum() / counts.sum()).item(),
+            "standard_error": (nats.std() / len(nats) ** 0.5).item()}
     told = {way: write_stories((model, tokenizer), cfg.samples, replace(how, seed=cfg.seed))
             for way, how in WRITING.items() if name != "ar" or way == "default"}
-    return found | {"metric": KINDS[name], "told": told}
+    return {"loss": loss, "tokens": counts.mean().item(), "told": told}
 
 # %% ../nbs/80_demo.ipynb #make_report
 def make_report(measured: dict[str, dict], training: dict[str, dict]) -> dict:
     "The content of report.json: the entropy of the language, and for each model all that was measured."
     entropy = {"per_document": toy.entropy(), "per_token": toy.entropy() / measured["ar"]["tokens"]}
-    models = {name: found | {"training": training[name]} for name, found in measured.items()}
+    losses = {f"{name}_{metric.lower()}": measured[name]["loss"] for name, metric in KINDS.items()}
+    writing = {name: found["told"] for name, found in measured.items()}
+    default = {key: {name: told["default"][key] for name, told in writing.items()}
+               for key in ("grammatical_share", "tokens_per_second")}
     settings = {way: asdict(how) for way, how in WRITING.items()}
-    return {"entropy": entropy, "models": models, "settings": settings}
+    return {"entropy": entropy, **losses, **default, "training": training, "writing": writing, "settings": settings}
 
 
 def report_table(report: dict) -> str:
     "A report for a person: what each model has learned, what it writes in each way, and a few samples."
-    floor, models = report["entropy"], report["models"]
+    floor, writing = report["entropy"], report["writing"]
     lines = ["| model | nats per story | nats per token | above the entropy | trained for |",
              "|---" * 5 + "|",
              f"| the language (entropy) | {floor['per_document']:.2f} | {floor['per_token']:.3f} | | |"]
-    for name, found in models.items():
-        excess = f"{found['per_document'] / floor['per_document'] - 1:+.1%}"
-        nats = f"{found['per_document']:.2f} ± {found['standard_error']:.2f} | {found['per_token']:.3f}"
-        lines += [f"| {name}, {found['metric']} | {nats} | {excess} | {found['training']['seconds']:.0f} s |"]
+    for name, metric in KINDS.items():
+        loss, seconds = report[f"{name}_{metric.lower()}"], report["training"][name]["seconds"]
+        excess = f"{loss['per_document'] / floor['per_document'] - 1:+.1%}"
+        nats = f"{loss['per_document']:.2f} ± {loss['standard_error']:.2f} | {loss['per_token']:.3f}"
+        lines += [f"| {name}, {metric} | {nats} | {excess} | {seconds:.0f} s |"]
     lines += ["", "| written by | way | grammatical | distinct pairs | tokens/s |", "|---" * 5 + "|"]
     lines += [f"| {name} | {way} | {told['grammatical_share']:.1%} ± {told['standard_error']:.1%} "
               f"| {told['distinct_2']:.3f} | {told['tokens_per_second']:,.0f} |"
-              for name, found in models.items() for way, told in found["told"].items()]
-    for name, found in models.items():
-        lines += ["", f"Written by {name}:", "", *(f"- {s}" for s in found["told"]["default"]["stories"])]
+              for name, ways in writing.items() for way, told in ways.items()]
+    for name, ways in writing.items():
+        lines += ["", f"Written by {name}:", "", *(f"- {story}" for story in ways["default"]["stories"])]
     return "\n".join(lines)
 
 # %% ../nbs/80_demo.ipynb #film_story
@@ -136,11 +140,13 @@ def film_story(run: tuple, cfg: WriteConfig) -> list[list[str | None]]:
 def draw_report(cfg: DemoConfig, floor: float) -> None:
     "Write `loss.png`, with the entropy in nats per token as its floor, and `unmasking.gif`."
     import matplotlib.pyplot as plt
-    from nanollada.viz import can_draw, plot_losses, save_figure, save_gif
+    from nanollada.viz import can_draw, plot_losses, save_figure, save_gif, save_loss_plot
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=100)
     plot_losses(axis, {name: read_jsonl(cfg.out / name / "metrics.jsonl") for name in KINDS}, floor)
     axis.set_ylim(0.9 * floor, 6 * floor)
     save_figure(figure, cfg.out / "loss.png")
+    for name in KINDS:
+        save_loss_plot(cfg.out / name, floor)
     run = load_run(cfg.out / "diffusion_from_ar", cfg.device)[:2]
     films = (film_story(run, replace(WRITING["default"], seed=seed)) for seed in range(100))
     film = next(film for film in films if can_draw("".join(film[-1])))  # this machine has the letters
