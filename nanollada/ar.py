@@ -6,8 +6,6 @@
 __all__ = ['Batch', 'token_nll', 'Objective', 'with_places', 'Autoregressive', 'ar_loss', 'filter_logits']
 
 # %% ../nbs/05_ar.ipynb #imports
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -20,10 +18,9 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, logits: Tensor, targets: Tensor) -> Tensor:
         room = 2**19 if logits.device.type == "cpu" else 2**27  # numbers in float32 at a time
-        rows, wide = max(1, room // logits.shape[-1]), torch.promote_types(logits.dtype, torch.float32)
-        lse = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(rows)])
+        ctx.rows, wide = max(1, room // logits.shape[-1]), torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(ctx.rows)])
         ctx.save_for_backward(logits, targets, lse)
-        ctx.rows = rows
         return lse - logits.gather(-1, targets[:, None])[:, 0].to(wide)
 
     @staticmethod
@@ -50,8 +47,8 @@ class Objective:
     "What a model learns. The trainer, fine-tuning and evaluation all call `terms`."
     name: str
 
-    def __init__(self, per: Literal["token", "row"] = "token"):
-        self.per = per  # what counts the same: each scored token, or each row
+    def __init__(self, per: str = "token"):
+        self.per = per  # what counts the same: each scored "token", or each "row"
 
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         "Add mask, count and more to rows (ids, scored; maybe maskable, real, document_ids), on the CPU."

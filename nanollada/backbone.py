@@ -8,7 +8,6 @@ __all__ = ['PRESETS', 'Visibility', 'BackboneConfig', 'rope_frequencies', 'rotat
            'to_huggingface', 'from_huggingface', 'save_run', 'load_run']
 
 # %% ../nbs/04_backbone.ipynb #imports
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, Literal, get_args
@@ -32,10 +31,9 @@ class Visibility:
 
     def positions(self, ids: Tensor, past: int = 0) -> Tensor:
         "Positions (1 or B, L) of ids that follow `past` others, counted from the first real token."
-        end = past + ids.shape[1]
         if self.real is None:
-            return torch.arange(past, end, device=ids.device)[None]
-        return (self.real[:, :end].long().cumsum(1) - 1).clamp(min=0)[:, past:]
+            return torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        return (self.real[:, : past + ids.shape[1]].long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
     def table(self, ids: Tensor, past: int = 0, seen: int | None = None) -> Tensor | None:
         "Bool (1 or B, 1, 1 or L, keys), True = sees, keys up to `seen`; None where the kernel needs none."
@@ -108,8 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, causal: bool) 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=table, is_causal=causal, enable_gqa=grouped)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, n, L)
     table = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if causal else table
-    if table is not None:
-        scores = scores.masked_fill(~table, -torch.inf)
+    scores = scores if table is None else scores.masked_fill(~table, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
 # %% ../nbs/04_backbone.ipynb #KVCache
@@ -139,12 +136,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, narrow = cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
         self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, narrow, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, narrow, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(cfg.hidden_size, narrow, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
         if cfg.qk_norm:
-            self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps)
+            self.q_norm, self.k_norm = (nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, layer: int, rope: tuple, table: Tensor | None, causal: bool,
                 cache: KVCache | None) -> Tensor:
@@ -215,7 +210,7 @@ class Backbone(nn.Module):
         for name, weight in self.named_parameters():
             layers = 2 * cfg.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             if weight.dim() == 2:  # what writes to the residual stream begins smaller
-                nn.init.normal_(weight, std=cfg.initializer_range / math.sqrt(layers))
+                nn.init.normal_(weight, std=cfg.initializer_range / layers**0.5)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -303,10 +298,9 @@ def preset(name: str, vocab_size: int, **changes: object) -> BackboneConfig:
 # %% ../nbs/04_backbone.ipynb #to_huggingface
 def to_huggingface(cfg: BackboneConfig) -> dict:
     "The config in Hugging Face's words; diffusion has its own type, so that nothing opens it as causal."
-    family, architecture = ("qwen3", "Qwen3ForCausalLM") if cfg.qk_norm else ("llama", "LlamaForCausalLM")
-    if cfg.objective != "ar":
-        family, architecture = "nanollada", "Backbone"
-    return asdict(cfg) | {"model_type": family, "architectures": [architecture], "head_dim": cfg.head_dim}
+    family = "nanollada" if cfg.objective != "ar" else "qwen3" if cfg.qk_norm else "llama"
+    built = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(family, "Backbone")
+    return asdict(cfg) | {"model_type": family, "architectures": [built], "head_dim": cfg.head_dim}
 
 
 def from_huggingface(entries: dict) -> BackboneConfig:
@@ -319,8 +313,7 @@ def from_huggingface(entries: dict) -> BackboneConfig:
 def save_run(model: Backbone, tokenizer: Tokenizer, folder: str | Path, weights: dict | None = None) -> None:
     "Write a model folder, each file whole or not at all; `weights` by name if the model's own are sharded."
     folder, weights = Path(folder), weights or model.state_dict()
-    names = [name for name, _ in model.named_parameters()]  # tied ones once
-    write_tensors(folder / "model.safetensors", {name: weights[name] for name in names})
+    write_tensors(folder / "model.safetensors", {name: weights[name] for name, _ in model.named_parameters()})
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     entries = to_huggingface(model.cfg) | ends | {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     write_json(folder / "config.json", entries)
@@ -328,12 +321,9 @@ def save_run(model: Backbone, tokenizer: Tokenizer, folder: str | Path, weights:
     save_tokenizer(tokenizer, folder)
 
 # %% ../nbs/04_backbone.ipynb #load_run
-def load_run(
-    folder: str | Path,  # a run folder
-    device: str | torch.device | None = None,  # where to put the model; None = the best device present
-    dtype: torch.dtype | None = None,  # of the weights; None = float32, on a GPU with TF32 products
-) -> tuple[Backbone, Tokenizer, dict]:  # the model for use, its tokenizer, the run's record
-    "Open a run folder. Raises `UserError` if a file is missing or broken or belongs to another run."
+def load_run(folder: str | Path, device: str | torch.device | None = None,
+             dtype: torch.dtype = torch.float32) -> tuple[Backbone, Tokenizer, dict]:
+    "A run's model (on the best device, in float32), tokenizer and record. `UserError` if one is broken."
     folder, device = Path(folder), pick_device(device)
     entries, path = read_json(folder / "config.json", dict), folder / "model.safetensors"
     cfg, tokenizer, record = from_huggingface(entries), load_tokenizer(folder), folder / "train_config.json"
@@ -347,8 +337,7 @@ def load_run(
     with torch.device("meta"):  # shapes without memory
         model = Backbone(cfg)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones once
-    weights = read_tensors(path, shapes, device, dtype or torch.float32)
-    model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(read_tensors(path, shapes, device, dtype), strict=False, assign=True)
     if cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.frequencies = rope_frequencies(cfg).to(device)

@@ -8,7 +8,7 @@ __all__ = ['MASK_BOX', 'canvas_text', 'ChatStep', 'Chat', 'show_in_terminal', 'r
 # %% ../nbs/14a_chat.ipynb #imports
 import sys
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import count, groupby
 from typing import NamedTuple, TextIO
 
 from .backbone import Backbone
@@ -41,7 +41,6 @@ class ChatStep(NamedTuple):
 # %% ../nbs/14a_chat.ipynb #Chat
 class Chat:
     "A conversation with a fine-tuned model of either objective; `settings` are fields of `WriteConfig`."
-
     def __init__(self, model: Backbone, tokenizer: Tokenizer, system: str | None = None, **settings: object):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.cfg, self.form = WriteConfig(**settings), ChatFormat(tokenizer)
@@ -82,44 +81,40 @@ def show_in_terminal(steps: Iterator[ChatStep], stdout: TextIO) -> ChatStep:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
-    console = Console(file=stdout, force_jupyter=False)
-    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+    screen = Console(file=stdout, force_jupyter=False)
+    with Live(console=screen, auto_refresh=False, redirect_stdout=False) as live:
         for step in steps:
             live.update(Text(printable(step.text)), refresh=True)
     return step
-
-# %% ../nbs/14a_chat.ipynb #reply
-def _reply(chat: Chat, question: str, stdout: TextIO) -> bool:
-    "Show an answer in a terminal, or why there is none; whether there is one."
-    try:
-        forgotten = show_in_terminal(chat.stream(question), stdout).forgotten
-        stdout.write(f"({forgotten} oldest turns no longer fit and were left out)\n" * (forgotten > 0))
-        return True
-    except UserError as error:
-        stdout.write(f"({printable(str(error))})\n")
-    except KeyboardInterrupt:
-        stdout.write("(stopped; this question and its answer are forgotten)\n")
-    return False
 
 # %% ../nbs/14a_chat.ipynb #run_chat
 def run_chat(chat: Chat, stdin: TextIO | None = None, stdout: TextIO | None = None) -> int:
     "Answer line after line up to the end or /quit, /reset begins anew; how many. In a pipe errors end it."
     stdin, stdout, answered = stdin or sys.stdin, stdout or sys.stdout, 0
     terminal = stdout.isatty()
-    while True:
+    for number in count(1):
         stdout.write("> " * (terminal and stdin.isatty()))
         stdout.flush()
-        line = stdin.readline()
-        question = line.strip()
+        question = (line := stdin.readline()).strip()
         if not line or question == "/quit":
             return answered
         if question == "/reset":
             chat.reset()
         elif terminal and question.startswith("/"):
             stdout.write("(there are /reset and /quit)\n")
-        elif terminal:
-            answered += bool(question) and _reply(chat, question, stdout)
-        else:
-            said = question and printable(chat.ask(question))
+        elif not terminal:
+            try:
+                said = question and printable(chat.ask(question))
+            except UserError as error:
+                raise UserError(f"line {number} of the questions: {error}") from None
             stdout.write(" ".join(said.splitlines()) + "\n")
             answered += bool(question)
+        elif question:
+            try:
+                gone = show_in_terminal(chat.stream(question), stdout).forgotten
+                stdout.write(f"({gone} oldest turns no longer fit and were left out)\n" * (gone > 0))
+                answered += 1
+            except UserError as error:
+                stdout.write(f"({printable(str(error))})\n")
+            except KeyboardInterrupt:
+                stdout.write("(stopped; this question and its answer are forgotten)\n")

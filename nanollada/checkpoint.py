@@ -8,7 +8,6 @@ __all__ = ['write_tensors', 'tensor_shapes', 'read_tensors', 'lock_folder', 'lat
 
 # %% ../nbs/98_checkpoint.ipynb #imports
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,8 +48,7 @@ def read_tensors(path: str | Path, expected: dict[str, tuple], device: str | tor
     "Tensors of exactly these names and shapes, after a look at the header. `UserError` for others, or NaN."
     found = tensor_shapes(path)
     for name in sorted(expected.keys() | found.keys()):
-        have, want = found.get(name), expected.get(name)
-        if have != want:
+        if (have := found.get(name)) != (want := expected.get(name)):
             raise UserError(f"{path}: {name} has shape {have}, not {want}: they are of different models")
     with safe_open(path, "pt", device=str(device)) as file:  # copied, for a file may change
         weights = {name: file.get_tensor(name).to(dtype=dtype, copy=True) for name in found}
@@ -64,7 +62,6 @@ def read_tensors(path: str | Path, expected: dict[str, tuple], device: str | tor
 def lock_folder(folder: str | Path, wait: bool = False) -> Iterator[None]:
     "Hold a folder, made if need be, within the block. If another process does: `wait`, or raise `UserError`."
     import fcntl
-
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as file:
         try:
@@ -95,8 +92,7 @@ def save_state(state: Path, step: int, weights: dict[str, Tensor], optimizer: di
         _sync(state)
     except Exception as error:  # of the disk, or of a library that wraps it
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: could not be written ({error}). Make room and resume; the last whole one "
-                        f"is {latest_state(state)}") from error
+        raise UserError(f"{final}: {error}. Make room, resume; the last whole one is {latest_state(state)}")
     for old in {*state.glob("step-*"), *state.glob(".tmp-*")} - {final}:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -112,9 +112,9 @@ def _say_trained(out: Path, result: "TrainResult", unit: str) -> None:
     nanollada.viz.save_loss_plot(out)
     speed = f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"
     _say(f"{out}: {result.steps} updates in {speed}; saved: update {result.saved} of {result.steps}")
-    if result.best:
-        loss = "{loss:.4f} ± {standard_error:.4f} nats per {unit}, at update {step}"
-        _say(f"best validation loss {loss.format(unit=unit, **result.best)}")
+    if best := result.best:
+        error = f" ± {best['standard_error']:.4f}" if best["standard_error"] < float("inf") else ""
+        _say(f"best validation loss {best['loss']:.4f}{error} nats per {unit}, at update {best['step']}")
 
 # %% ../nbs/90_cli.ipynb #Generate
 @dataclass

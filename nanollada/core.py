@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import zlib
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,14 +62,13 @@ def machine_record(device: torch.device) -> dict:
 def by_budget(smoke: object, cpu: object, gpu: object | None = None) -> object:
     "The value for `NANOLLADA_BUDGET` (default cpu); without one for `gpu`, that of `cpu`."
     values = {"smoke": smoke, "cpu": cpu, "gpu": cpu if gpu is None else gpu}
-    name = os.environ.get("NANOLLADA_BUDGET", "cpu")
-    if name not in values:
+    if (name := os.environ.get("NANOLLADA_BUDGET", "cpu")) not in values:
         raise UserError(f"NANOLLADA_BUDGET is {name!r}; expected smoke, cpu or gpu")
     return values[name]
 
 # %% ../nbs/95_core.ipynb #atomic_path
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> "Iterator[Path]":
     "Give a temporary name, renamed to `path` if the block succeeds; on any error `path` stays as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +88,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 # %% ../nbs/95_core.ipynb #write_json
 def write_json(path: str | Path, value: object) -> None:
     "Write `value` as indented JSON, whole or not at all; what is not Unicode (a file name, say) as escapes."
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_path(path) as file:
+        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:

@@ -23,21 +23,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import lock_folder
 from .core import UserError, atomic_path, read_json, write_json
 from .sources import read_documents, read_poems, read_records, source_files
-from .tokenizer import (Tokenizer, encode_batch, load_tokenizer, save_tokenizer, tokenizer_fingerprint,
-                                 train_tokenizer)
+from .tokenizer import encode_batch, load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from .toy import CHINESE, ENGLISH, sample, surprises, vocabulary
 
 # %% ../nbs/03_data.ipynb #DataConfig
 @dataclass
 class DataConfig:
     "Which documents, which tokenizer, how many held out. Raises `UserError` for what cannot be."
-
     data: str  # "toy", "poetry", "minimind", a .jsonl or .txt file, a folder of these, or a data set
     tokenizer: str | None = None  # folder or hub id (in Python also a tokenizer); none: trained on the data
     cache: str = "data"  # where tokenized data are kept, each in a folder of its own
@@ -65,11 +62,9 @@ def open_source(source: "str | Path | DataConfig", **changes: object) -> Iterato
     "The documents of a source (with changes to other fields of `DataConfig`), from the beginning."
     cfg = _config(source, changes)
     documents = read_documents(cfg.data, cfg.field, cfg.skip_bad_lines, cfg.whole_files)
-    if cfg.named == "toy":
-        documents = sample(cfg.limit or 20_000, seed=0)
-    elif cfg.named == "poetry":
+    if cfg.named == "poetry":
         documents = (poem["text"] for poem in read_poems(cfg.dynasty, cfg.min_chars, cfg.max_chars or 10**9))
-    return islice(documents, cfg.limit)
+    return iter(sample(cfg.limit or 20_000, seed=0)) if cfg.named == "toy" else islice(documents, cfg.limit)
 
 
 def _config(source: "str | Path | DataConfig", changes: dict) -> DataConfig:
@@ -79,10 +74,7 @@ def _config(source: "str | Path | DataConfig", changes: dict) -> DataConfig:
 # %% ../nbs/03_data.ipynb #held_out_rank
 def held_out_rank(text: str) -> float:
     "A number in [0, 1) that the text alone decides; it is held out if that is below the share to hold out."
-    digest = blake2b(text.strip().encode("utf-8"), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
+    return int.from_bytes(blake2b(text.strip().encode("utf-8"), digest_size=16).digest()[:8], "big") / 2**64
 
 # %% ../nbs/03_data.ipynb #PARTS
 PARTS = ("train", "valid")
@@ -138,12 +130,13 @@ def split_source(source: "str | Path | DataConfig", out: str | Path, **changes: 
 # %% ../nbs/03_data.ipynb #TokenStream
 class TokenStream:
     "A finished stream of tokens on disk: `tokens`, `doc_starts` and `meta`, mapped and not loaded."
-
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.meta = Path(folder), read_json(Path(folder) / "meta.json", dict)
         try:
-            self.tokens = _map_file(self.folder / "tokens.bin", self.meta["dtype"], self.meta["tokens"])
-            self.doc_starts = _map_file(self.folder / "documents.bin", "int64", self.meta["documents"] + 1)
+            dtype, tokens, documents = (self.meta[name] for name in ("dtype", "tokens", "documents"))
+            self.tokens = np.memmap(self.folder / "tokens.bin", dtype, "r", shape=tokens)
+            self.tokens.base.madvise(mmap.MADV_RANDOM)
+            self.doc_starts = np.memmap(self.folder / "documents.bin", "int64", "r", shape=documents + 1)
             assert self.doc_starts[-1] == len(self.tokens), "documents.bin does not fit tokens.bin"
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{folder}: damaged ({error}): delete it, and prepare the data again") from None
@@ -154,16 +147,8 @@ class TokenStream:
     def __repr__(self) -> str:
         return f"TokenStream({self.meta['tokens']:,} tokens, {self.meta['documents']:,} documents)"
 
-
-def _map_file(path: Path, dtype: str, length: int) -> np.ndarray:
-    "A file of `length` numbers, mapped read-only. Raises `ValueError` if it is shorter."
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), length * np.dtype(dtype).itemsize, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype)
-
 # %% ../nbs/03_data.ipynb #build_stream
-def build_stream(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -> TokenStream:
+def build_stream(documents: Iterable[str], tokenizer: "Tokenizer", folder: Path) -> TokenStream:
     "Tokenize documents into one stream on disk, in constant memory."
     folder, counts, texts = Path(folder), Counter(), iter(_progress(documents, "tokenizing"))
     bos, eos, dtype = tokenizer.bos_token_id, tokenizer.eos_token_id, "u2" if len(tokenizer) < 2**16 else "u4"
@@ -171,8 +156,7 @@ def build_stream(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
     with (atomic_path(folder / "tokens.bin") as to_ids, atomic_path(folder / "documents.bin") as to_starts,
           open(to_ids, "wb") as ids, open(to_starts, "wb") as starts, ThreadPoolExecutor(1) as pool):
         starts.write(np.zeros(1, np.int64))
-        batches = iter(lambda: list(islice(texts, 200)), [])
-        jobs = (pool.submit(encode_batch, tokenizer, batch) for batch in batches)
+        jobs = map(partial(pool.submit, encode_batch, tokenizer), iter(lambda: list(islice(texts, 200)), []))
         for job, _ in pairwise(chain(jobs, [None])):  # the next is begun before this one is awaited
             ids.write(np.fromiter(chain.from_iterable((bos, *row, eos) for row in job.result()), dtype))
             lengths = [len(row) + 2 for row in job.result()]
@@ -185,13 +169,8 @@ def build_stream(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
 
 # %% ../nbs/03_data.ipynb #Windows
 class Windows:
-    """Rows of a stream by number: windows of the tape or, unpacked, one document each, cut or filled up. A
-    share of batches is cut to a random length; with a document mask tokens see their own document only."""
-
-    def __init__(
-        self, stream: TokenStream, length: int, pack: bool = True,
-        random_length: float = 0.0, document_mask: bool = False,
-    ) -> None:
+    "Rows of a stream by number: windows of the tape or, unpacked, one document each, cut or filled up."
+    def __init__(self, stream: TokenStream, length: int, pack=True, random_length=0.0, document_mask=False):
         self.stream, self.length, self.pack = stream, length, pack
         self.random_length, self.document_mask = random_length, document_mask and pack
         if length < 2 or not 0 <= random_length <= 1:
@@ -202,9 +181,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self.stream) // self.length if self.pack else len(self.stream.doc_starts) - 1
 
-    def batch(self, indices: Sequence[int] | Tensor, generator: torch.Generator | None = None) -> dict:
+    def batch(self, indices: Sequence[int] | torch.Tensor, generator: torch.Generator | None = None) -> dict:
         "Rows by number: `ids`, `scored`, perhaps `maskable`, `document_ids`; a `generator` cuts some."
-        rows, starts = np.asarray(indices, np.int64), self.stream.doc_starts
+        rows, starts = np.asarray(indices, np.int64), np.asarray(self.stream.doc_starts)
         assert rows.size and 0 <= rows.min() and rows.max() < len(self), f"rows {rows[:8]} of {len(self)}"
         places = (rows * self.length if self.pack else starts[rows])[:, None] + np.arange(self.length)
         scored = (torch.arange(self.length) > 0).repeat(len(rows), 1)  # (B, L), as all the rest
@@ -225,7 +204,7 @@ class Windows:
         return found
 
 # %% ../nbs/03_data.ipynb #toy_tokenizer
-def toy_tokenizer(vocab_size: int = 2048) -> Tokenizer:
+def toy_tokenizer(vocab_size: int = 2048) -> "Tokenizer":
     "One token for each word of the toy language (about 1,580), but for rare pairs of Chinese words."
     stories = sample(3000, seed=0)
     pieces = [[story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories]
@@ -240,7 +219,12 @@ def prepare_data(source: "str | Path | DataConfig", **changes: object) -> tuple:
     "The training and the validation stream of a source, and their tokenizer; made once. Raises `UserError`."
     cfg = _config(source, changes)
     tokenizer = load_tokenizer(cfg.tokenizer) if isinstance(cfg.tokenizer, (str, Path)) else cfg.tokenizer
-    folder = Path(cfg.cache) / _name(cfg, tokenizer)
+    files = [] if cfg.named in ("toy", "poetry") else source_files(cfg.data)
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    what = vars(cfg) | {"data": states or [str(cfg.data), sample(8, seed=0)], "cache": None}
+    what["tokenizer"] = tokenizer_fingerprint(tokenizer) if tokenizer else "its own"
+    digest = blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = Path(cfg.cache) / f"{re.sub(r'[^a-zA-Z0-9]+', '_', Path(cfg.data).name)[:32]}-{digest}"
     with lock_folder(folder, wait=True):
         if not (folder / "source.json").is_file():
             for litter in folder.iterdir():  # of a process that was killed here
@@ -266,14 +250,3 @@ def _prepare(cfg: DataConfig, tokenizer: "Tokenizer | None", folder: Path) -> No
     for part, file in zip(PARTS, files):
         build_stream(open_source(file), tokenizer, folder / part)
     shutil.rmtree(folder / "documents", ignore_errors=True)
-
-# %% ../nbs/03_data.ipynb #name
-def _name(cfg: DataConfig, tokenizer: "Tokenizer | None") -> str:
-    "A folder name that says what is kept there: source, settings, tokenizer."
-    files = [] if cfg.named in ("toy", "poetry") else source_files(cfg.data)
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    made_by = tokenizer_fingerprint(tokenizer) if tokenizer else "its own"
-    source = states or [str(cfg.data), sample(8, seed=0)]
-    what = vars(cfg) | {"data": source, "tokenizer": made_by, "cache": None}
-    digest = blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return f"{re.sub(r'[^a-zA-Z0-9]+', '_', Path(cfg.data).name)[:32]}-{digest}"

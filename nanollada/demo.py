@@ -63,7 +63,7 @@ def train_one(cfg: DemoConfig, name: str) -> dict[str, float]:
     result = pretrain(PretrainConfig(
         data="toy", out=cfg.out / name, objective="ar" if name == "ar" else "diffusion", preset="toy",
         tokenizer=str(cfg.out / "tokenizer"), init_from=cfg.out / "ar" if "from_ar" in name else None,
-        length=ROW, context=128, pack=False, random_length=0.0, limit=cfg.documents,
+        length=ROW, pack=False, random_length=0.0, limit=cfg.documents,
         cache=cfg.out / "data", train=learn))
     return {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
 
@@ -104,7 +104,8 @@ def make_report(measured: dict[str, dict], training: dict[str, dict]) -> dict:
     default = {key: {name: told["default"][key] for name, told in writing.items()}
                for key in ("grammatical_share", "tokens_per_second")}
     settings = {way: asdict(how) for way, how in WRITING.items()}
-    return {"entropy": entropy, **losses, **default, "training": training, "writing": writing, "settings": settings}
+    told = {"training": training, "writing": writing, "settings": settings}
+    return {"entropy": entropy, **losses, **default, **told}
 
 
 def report_table(report: dict) -> str:

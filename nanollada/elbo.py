@@ -43,7 +43,6 @@ def elbo_terms(denoiser: Denoiser, batch: Batch) -> Tensor:
 @dataclass(frozen=True)
 class MaskedDiffusion(Objective):
     "Masked diffusion as something to learn: noise, and the terms of its bound."
-
     mask_id: int  # id of the mask token
     shift: bool = False  # whether the model's logits at i-1 answer for position i
     eps: float = 1e-3  # smallest noise level drawn (by level)
@@ -55,18 +54,15 @@ class MaskedDiffusion(Objective):
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         "The rows with mask, xt, t, weight and count; what is `maskable`, or else `scored`, may be hidden."
         what = rows["ids"], self.mask_id, rows.get("maskable", rows["scored"]), generator
-        if self.by == "count":
-            noised = fixed_count_batch(*what, stratified=True)
-        else:
-            noised = noise_batch(*what, self.schedule, eps=self.eps)
+        noised = (fixed_count_batch(*what, stratified=True) if self.by == "count" else
+                  noise_batch(*what, self.schedule, eps=self.eps))
         count, share = self.shares(rows["scored"])
         return rows | noised | {"count": count, "weight": noised["weight"] * share}
 
     def denoiser(self, model: Backbone | Denoiser, batch: Batch | None = None) -> Denoiser:
         "The model as a denoiser; tokens see their own document only, if the batch tells documents apart."
-        if isinstance(model, Denoiser):
-            return model
-        return BackboneDenoiser(model, self.shift, (batch or {}).get("document_ids"), self.mask_id)
+        about = self.shift, (batch or {}).get("document_ids"), self.mask_id
+        return model if isinstance(model, Denoiser) else BackboneDenoiser(model, *about)
 
     def terms(self, model: Backbone | Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
         return elbo_terms(self.denoiser(model, batch), batch), batch["count"]
@@ -75,8 +71,7 @@ class MaskedDiffusion(Objective):
         "Cross-entropy and number of masked tokens, added up in five bands of noise: float32 (5,) each."
         ce = torch.where(batch["weight"][:, 0] > 0, nats.detach() / batch["weight"][:, 0], 0.0).float()
         band = (batch["t"] * 5).ceil().long().clamp(1, 5) - 1
-        zeros = ce.new_zeros(5)
-        return zeros.index_add(0, band, ce), zeros.index_add(0, band, batch["mask"].sum(1).float())
+        return tuple(ce.new_zeros(5).index_add(0, band, x) for x in (ce, batch["mask"].sum(1).float()))
 
 # %% ../nbs/07_elbo.ipynb #AnyDenoiser
 AnyDenoiser = Denoiser | Callable[..., Tensor]  # a denoiser, or a function ids (B, L) -> logits (B, L, V)
@@ -89,11 +84,9 @@ def _rows(x0: Tensor, mask_id: int, maskable: Tensor | None, attention_mask: Ten
     return rows if attention_mask is None else rows | {"real": attention_mask.bool()}
 
 
-def elbo_loss(
-    denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None, maskable: Tensor | None = None,
-    generator: torch.Generator | None = None, attention_mask: Tensor | None = None,
-    schedule: str | Schedule = "linear", eps: float = 1e-3,
-) -> Tensor:
+def elbo_loss(denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None, maskable: Tensor | None = None,
+              generator: torch.Generator | None = None, attention_mask: Tensor | None = None,
+              schedule: str | Schedule = "linear", eps: float = 1e-3) -> Tensor:
     "Nats per maskable token: the loss of `MaskedDiffusion`, for any denoiser (LLaDA, Eq. 3)."
     denoiser = as_denoiser(denoiser, mask_id)
     objective = MaskedDiffusion(denoiser.mask_id, eps=eps, schedule=schedule)
@@ -110,7 +103,6 @@ def mask_weight(n: Tensor, k: Tensor) -> Tensor:
 # %% ../nbs/07_elbo.ipynb #MaskPlan
 class MaskPlan(NamedTuple):
     "Which masks to try: M samples of B texts."
-
     text: Tensor  # int64 (M,), the text of each sample
     number: Tensor  # int64 (M,), the sample's number among those of its text
     count: Tensor  # int64 (M,), how many tokens to hide
@@ -148,11 +140,10 @@ def _hide(rows: Batch, plan: MaskPlan, part: Tensor, mask_id: int, generator: to
 
 
 @torch.no_grad()
-def nelbo_replicates(
-    denoiser_of: Callable[[Batch], Denoiser], rows: Batch, mask_id: int, n_samples: int, batch_size: int,
-    generator: torch.Generator | None = None, shared: bool = False,  # whether rows share the random numbers
-) -> tuple[Tensor, Tensor]:  # nats, float64 (B, R), and which are exact, bool (B,): there all R agree
-    "The NELBO of each row in replicates, on the CPU. Raises `UserError` for NaN logits or nothing to do."
+def nelbo_replicates(denoiser_of: Callable[[Batch], Denoiser], rows: Batch, mask_id: int, n_samples: int,
+                     batch_size: int, generator: torch.Generator | None = None,
+                     shared: bool = False) -> tuple[Tensor, Tensor]:
+    "NELBOs, float64 (B, R), and which are exact (B,), on the CPU; `shared`: rows share their random numbers."
     device, rows = rows["ids"].device, {name: value.cpu() for name, value in rows.items()}
     n = rows["maskable"].sum(1)
     if n_samples < 1 or batch_size < 1 or not n.all():
@@ -180,8 +171,7 @@ def mean_and_error(replicates: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
 def estimate_nelbo(
     denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None, *,  # a `Denoiser` knows its mask
     n_samples: int = 128,  # masks per sequence; exact if it has no more
-    maskable: Tensor | None = None,  # bool (B, L); default: what `attention_mask` calls real, else everything
-    attention_mask: Tensor | None = None,  # (B, L), 1 = real token; only for padded batches
+    maskable: Tensor | None = None, attention_mask: Tensor | None = None,  # (B, L): may be hidden; is real
     batch_size: int = 256, generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # nats per sequence, and standard error (inf for one sample), float64 (B,), CPU
     "Estimate the NELBO of each sequence (LLaDA, Eq. 6). Raises `UserError` for a row with nothing to mask."
@@ -191,10 +181,9 @@ def estimate_nelbo(
     return mean_and_error(*found)
 
 
-def exact_nelbo(
-    denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None, maskable: Tensor | None = None,
-) -> Tensor:  # nats per sequence, float64 (B,), CPU
-    "The NELBO: the mean of LLaDA's Eq. 3 and 6 over all masks of at most 16 tokens. Raises `UserError`."
+def exact_nelbo(denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None,
+                maskable: Tensor | None = None) -> Tensor:
+    "The NELBO (B,): the mean of LLaDA's Eq. 3 and 6 over all masks of at most 16 tokens. Raises `UserError`."
     n = x0.shape[1] if maskable is None else int(maskable.sum(1).max())
     if n > 16:
         raise UserError(f"{n} maskable tokens have {2**n} masks; enumerate at most 16, or use estimate_nelbo")

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ar import Batch
 from .backbone import Denoiser, as_denoiser
 from .core import UserError
 from .elbo import AnyDenoiser, masked_ce, mean_and_error, nelbo_replicates
@@ -38,7 +37,7 @@ def _ids(name: str, value: Ids, mask_id: int, least: int) -> Tensor:
     return ids.long()
 
 
-def _pack(prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int) -> Batch:
+def _pack(prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int) -> dict[str, Tensor]:
     "Pairs as rows (N, W), padded on the right: ids, the answer as `maskable`, and what is `real`."
     if len(prompts) != len(answers) or not len(answers):
         raise UserError(f"{len(prompts)} prompts for {len(answers)} answers; expected equally many, not none")
@@ -55,7 +54,6 @@ def _pack(prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int) -> Batch
 # %% ../nbs/12_likelihood.ipynb #Estimate
 class Estimate(NamedTuple):
     "A number and how far it may be off."
-
     mean: float  # nats
     standard_error: float  # nats; 0 if exact, inf if a single replicate cannot tell
 
@@ -63,7 +61,6 @@ class Estimate(NamedTuple):
 @dataclass(eq=False)
 class Likelihoods:
     "Estimates of log p(answer | prompt) for N pairs: `mean` and `standard_error` in nats, float64 (N,)."
-
     replicates: Tensor  # float64 (N, R), independent estimates; all equal where exact
     exact: Tensor  # bool (N,), whether the estimate is free of chance
 
@@ -77,39 +74,32 @@ class Likelihoods:
         return Estimate(float(self.mean[i]), float(self.standard_error[i]))
 
 # %% ../nbs/12_likelihood.ipynb #guided
-def _guided(denoiser: Denoiser, cfg_scale: float) -> Callable[[Batch], Denoiser]:
+def _guided(denoiser: Denoiser, cfg_scale: float) -> Callable[..., Denoiser]:
     "The denoiser for a batch: as it is, or with all but the answer dropped in the unconditional half."
     return lambda batch: GuidedDenoiser(denoiser, ~batch["maskable"], cfg_scale) if cfg_scale else denoiser
 
 
-def _score(
-    denoiser: Denoiser, rows: Batch, n_samples: int, cfg_scale: float, batch_size: int,
-    generator: torch.Generator | None, shared: bool = False,
-) -> Likelihoods:
-    "Estimates for packed pairs."
-    nats, exact = nelbo_replicates(
-        _guided(denoiser, cfg_scale), rows, denoiser.mask_id, n_samples, batch_size, generator, shared)
+def _score(denoiser: Denoiser, rows: dict[str, Tensor], cfg_scale: float, *settings: object) -> Likelihoods:
+    "Estimates for packed pairs; `settings` are those of `nelbo_replicates`, from `n_samples` on."
+    nats, exact = nelbo_replicates(_guided(denoiser, cfg_scale), rows, denoiser.mask_id, *settings)
     return Likelihoods(-nats, exact)
 
 
 def log_likelihood_batch(
     denoiser: AnyDenoiser,  # a denoiser, or a function ids (B, L) -> logits (B, L, V)
-    prompts: Sequence[Ids],  # N prompts, each a row of ids; may be empty
-    answers: Sequence[Ids],  # N answers, each a row of at least one id
-    mask_id: int | None = None,  # id of the mask token; a `Denoiser` knows its own
-    n_samples: int = 128,  # masks per answer; an answer that has no more masks than this is done exactly
+    prompts: Sequence[Ids], answers: Sequence[Ids],  # N rows of ids each; a prompt may be empty
+    mask_id: int | None = None, n_samples: int = 128,  # masks per answer; exact if it has no more
     cfg_scale: float = 0.0,  # guidance scale w >= 0; 0 is off
     batch_size: int = 64, generator: torch.Generator | None = None,  # twice as many rows under guidance
 ) -> Likelihoods:  # N estimates; indexing gives (mean, standard_error)
     "Estimate log p(answer | prompt) of many pairs by LLaDA Eq. 6. Raises `UserError` on bad input."
     denoiser = as_denoiser(denoiser, mask_id)
     rows = _pack(prompts, answers, denoiser.mask_id)
-    return _score(denoiser, rows, n_samples, cfg_scale, batch_size, generator)
+    return _score(denoiser, rows, cfg_scale, n_samples, batch_size, generator)
 
 
-def log_likelihood(
-    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None, **settings: object,
-) -> Estimate:
+def log_likelihood(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
+                   **settings: object) -> Estimate:
     "Log p(answer | prompt) in nats and its error: `log_likelihood_batch`, with its settings, of one pair."
     return log_likelihood_batch(denoiser, [prompt], [answer], mask_id, **settings)[0]
 
@@ -117,7 +107,6 @@ def log_likelihood(
 @dataclass(eq=False)
 class ChoiceScores:
     "The choices of one question: normalised log-likelihoods `scores` (C,) and the `best` choice."
-
     likelihoods: Likelihoods  # log p(choice | prompt), not normalised
     units: Tensor  # float64 (C,), what each is divided by; ones if nothing is normalised
 
@@ -149,21 +138,19 @@ def score_choices(
     "Score each choice as the answer to `prompt` (LLaDA Eq. 6), all of them with the same masks."
     denoiser = as_denoiser(denoiser, mask_id)
     rows = _pack([prompt] * len(choices), choices, denoiser.mask_id)
-    sizes = {"none": [1] * len(choices), "tokens": [len(choice) for choice in choices]}
-    sizes = sizes.get(normalize, ()) if isinstance(normalize, str) else list(normalize)
+    known = {"none": [1] * len(choices), "tokens": [len(choice) for choice in choices]}
+    sizes = known.get(normalize, ()) if isinstance(normalize, str) else list(normalize)
     if len(sizes) != len(choices) or min(sizes) < 1:
         raise UserError(f"normalize is {normalize!r}; expected none, tokens or {len(choices)} sizes above 0")
-    found = _score(denoiser, rows, n_samples, cfg_scale, 64, generator, shared=True)
+    found = _score(denoiser, rows, cfg_scale, n_samples, 64, generator, True)  # with shared masks
     return ChoiceScores(found, torch.tensor(sizes, dtype=torch.float64))
 
 # %% ../nbs/12_likelihood.ipynb #chain_rule_log_likelihood
 @torch.no_grad()
-def chain_rule_log_likelihood(
-    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
-    order: Sequence[int] | None = None,  # order of filling in, a permutation of 0..L-1; default left to right
-    cfg_scale: float = 0.0, batch_size: int = 64,
-) -> float:  # nats; exact, L rows
-    "The log-probability that filling in one token at a time in this order gives `answer` (SMDM, chain rule)."
+def chain_rule_log_likelihood(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
+                              order: Sequence[int] | None = None, cfg_scale: float = 0.0,
+                              batch_size: int = 64) -> float:
+    "Log p of filling in `answer` one token at a time, in `order` or left to right (SMDM, chain rule)."
     denoiser = as_denoiser(denoiser, mask_id)
     row = _pack([prompt], [answer], denoiser.mask_id)
     ids, start, L = row["ids"], len(prompt), len(answer)
@@ -181,9 +168,8 @@ def chain_rule_log_likelihood(
     return total
 
 # %% ../nbs/12_likelihood.ipynb #greedy_match
-def greedy_match(
-    denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None, cfg_scale: float = 0.0,
-) -> bool:
+def greedy_match(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
+                 cfg_scale: float = 0.0) -> bool:
     "Whether unmasking the most confident token at a time yields `answer`: L passes. Raises `UserError`."
     denoiser = as_denoiser(denoiser, mask_id)
     ids = _pack([prompt], [answer], denoiser.mask_id)["ids"]

@@ -7,8 +7,7 @@ __all__ = ['SCHEDULES', 'check_maskable', 'uniform', 'mask_tokens', 'sample_t', 
            'mask_exactly', 'fixed_count_batch']
 
 # %% ../nbs/06_masking.ipynb #imports
-import math
-from collections.abc import Callable
+from math import pi
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from .core import UserError
 
 # %% ../nbs/06_masking.ipynb #require
-def _require(holds: Tensor, message: Callable[[], str]) -> None:
+def _require(holds: Tensor, message: "Callable[[], str]") -> None:
     "Raise `UserError` unless all of `holds` is true; asked on the CPU only: a GPU would have to stop."
     if holds.device.type == "cpu" and not bool(holds.all()):
         raise UserError(message())
@@ -55,12 +54,9 @@ def mask_tokens(
     return torch.where(mask, mask_id, x0), mask
 
 # %% ../nbs/06_masking.ipynb #sample_t
-def sample_t(
-    batch_size: int, generator: torch.Generator | None = None,
-    stratified: bool = True,  # equally spaced with one offset (MDLM), in random order; else independent
-    eps: float = 0.0, device: torch.device | str = "cpu",
-) -> Tensor:
-    "Noise levels (B,), uniform on (eps, 1], 0 <= eps < 1. Raises `UserError` for no rows or another `eps`."
+def sample_t(batch_size: int, generator: torch.Generator | None = None, stratified: bool = True,
+             eps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
+    "Noise levels (B,), uniform on (eps, 1]; `stratified`: equally spaced, one offset (MDLM), any order."
     if batch_size < 1 or not 0 <= eps < 1:
         raise UserError(f"batch_size is {batch_size} and eps {eps}; expected at least 1 row and 0 <= eps < 1")
     u = uniform((batch_size,), device, generator)
@@ -71,21 +67,18 @@ def sample_t(
 # %% ../nbs/06_masking.ipynb #Schedule
 class Schedule(NamedTuple):
     "How fast tokens disappear as t goes from 0 to 1, with the loss weight that belongs to it."
-
-    p_mask: Callable[[Tensor], Tensor]  # probability that a token is masked at t, 1 - alpha(t)
-    rate: Callable[[Tensor], Tensor]  # its derivative, which is -alpha'(t), never negative
+    p_mask: "Callable[[Tensor], Tensor]"  # probability that a token is masked at t, 1 - alpha(t)
+    rate: "Callable[[Tensor], Tensor]"  # its derivative, which is -alpha'(t), never negative
 
     def weight(self, t: Tensor) -> Tensor:
         "Weight of a masked token's cross-entropy, -alpha'(t) / (1 - alpha(t)) (MDLM, Eq. 10)."
         return self.rate(t) / self.p_mask(t)
 
 
-_HALF_PI = math.pi / 2
 SCHEDULES = {
     "linear": Schedule(lambda t: t, torch.ones_like),
-    "cosine": Schedule(lambda t: (_HALF_PI * t).sin(), lambda t: _HALF_PI * (_HALF_PI * (1 - t)).sin()),
-    "polynomial": Schedule(lambda t: t**2, lambda t: 2 * t),
-}
+    "cosine": Schedule(lambda t: (pi / 2 * t).sin(), lambda t: pi / 2 * (pi / 2 * (1 - t)).sin()),
+    "polynomial": Schedule(lambda t: t**2, lambda t: 2 * t)}
 
 
 def get_schedule(name: str | Schedule) -> Schedule:
@@ -104,8 +97,7 @@ def _check_t(t: Tensor, x0: Tensor) -> Tensor:
 
 def noise_batch(
     x0: Tensor, mask_id: int, maskable: Tensor | None = None, generator: torch.Generator | None = None,
-    schedule: str | Schedule = "linear",  # how fast tokens disappear
-    stratified: bool = True,  # spread the noise levels of the batch evenly
+    schedule: str | Schedule = "linear", stratified: bool = True,  # how fast; spread the levels evenly
     eps: float = 1e-3,  # smallest noise level drawn; caps the linear weight at 1 / eps
     t: Tensor | None = None,  # noise levels (B,) in (0, 1] to use instead of drawing them
 ) -> dict[str, Tensor]:  # ids, xt and mask (B, L); noise level t (B,); weight (B, 1)
@@ -116,10 +108,9 @@ def noise_batch(
     return {"ids": x0, "xt": xt, "mask": mask, "t": t, "weight": schedule.weight(t)[:, None]}
 
 # %% ../nbs/06_masking.ipynb #mask_exactly
-def mask_exactly(
-    x0: Tensor, counts: Tensor, mask_id: int, maskable: Tensor | None = None,
-    generator: torch.Generator | None = None, tickets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def mask_exactly(x0: Tensor, counts: Tensor, mask_id: int, maskable: Tensor | None = None,
+                 generator: torch.Generator | None = None,
+                 tickets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "Mask `counts` (B,) of each row's maskable tokens: those of the lowest `tickets` (B, L), below 1, or any."
     maskable = check_maskable(x0, mask_id, maskable)
     counts, n = counts.to(x0.device), maskable.sum(1)
@@ -129,11 +120,10 @@ def mask_exactly(
     return torch.where(mask, mask_id, x0), mask
 
 # %% ../nbs/06_masking.ipynb #fixed_count_batch
-def fixed_count_batch(
-    x0: Tensor, mask_id: int, maskable: Tensor | None = None, generator: torch.Generator | None = None,
-    stratified: bool = False, t: Tensor | None = None,
-) -> dict[str, Tensor]:  # as in `noise_batch`; t is the share that is masked
-    "Mask l of the n maskable tokens of each row, l uniform on 1..n; the weight is n/l (LLaDA, Eq. 6)."
+def fixed_count_batch(x0: Tensor, mask_id: int, maskable: Tensor | None = None,
+                      generator: torch.Generator | None = None, stratified: bool = False,
+                      t: Tensor | None = None) -> dict[str, Tensor]:
+    "As `noise_batch`, but l of a row's n maskable tokens, l uniform on 1..n: t is l/n, weight n/l (Eq. 6)."
     n = check_maskable(x0, mask_id, maskable).sum(1)
     t = _check_t(sample_t(len(x0), generator, stratified, device=x0.device) if t is None else t, x0)
     counts = (t.double() * (1 - 2**-23) * n).ceil().long()  # less a float32 rounding: 0.6 of 5 is 3

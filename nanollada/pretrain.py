@@ -22,14 +22,12 @@ from .backbone import PRESETS, Backbone, BackboneConfig, load_run, preset, save_
 from .core import UserError, make_generator
 from .data import DataConfig, Windows, prepare_data
 from .elbo import MaskedDiffusion, estimate_nelbo
-from .processes import open_processes
+from .processes import open_processes, to_device
 from .tokenizer import Tokenizer, encode_batch, tokenizer_fingerprint
 from .trainer import TrainConfig, TrainResult, check_fields, train
 
 # %% ../nbs/09_pretrain.ipynb #make_objective
-def make_objective(
-    cfg: BackboneConfig, per: Literal["token", "row"] = "token", by: Literal["level", "count"] = "level"
-) -> Objective:
+def make_objective(cfg: BackboneConfig, per: str = "token", by: str = "level") -> Objective:
     "What a model learns; `per`: what counts the same; `by`: diffusion draws a level, or how many to hide."
     if cfg.objective == "ar":
         return Autoregressive(per)
@@ -56,7 +54,6 @@ def cross(ar: Backbone, shift: bool = True, mask_row: str = "random", seed: int 
 @dataclass(kw_only=True)
 class PretrainConfig(DataConfig):
     "A pretraining: what to learn from, which model, where to put it. Raises `UserError` for what cannot be."
-
     out: Path  # run folder to make
     objective: Literal["ar", "diffusion"] = "diffusion"  # what the model learns to be
     preset: Literal[tuple(PRESETS)] = "mini"  # shape of the model
@@ -64,13 +61,12 @@ class PretrainConfig(DataConfig):
     shift: bool = True  # crossing only: the vector at i-1 goes on answering for position i
     mask_row: Literal["random", "mean", "keep"] = "random"  # crossing only: first embedding of the mask
     length: int = 128  # tokens in a window
-    context: int | None = None  # longest text the model will take, tokens; none: length
+    context: int | None = None  # longest text the model takes, tokens; none: four times length
     pack: bool = True  # fill windows with the whole stream; otherwise one document a window, padded with EOS
     document_mask: bool = False  # let tokens see their own document only
     random_length: float = 0.01  # share of batches cut to a random length (LLaDA, §2.2)
-    train: TrainConfig = field(  # how to train; see `TrainConfig`
-        default_factory=lambda: TrainConfig(
-            learning_rate=4e-3, optimizer="muon", decay_fraction=0.5, min_lr_ratio=0.02))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(  # how to train; see `TrainConfig`
+        learning_rate=4e-3, optimizer="muon", decay_fraction=0.5, min_lr_ratio=0.02))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +82,7 @@ class PretrainConfig(DataConfig):
 # %% ../nbs/09_pretrain.ipynb #start_model
 def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
     "The model before its first update. `UserError` if the run to start from has other tokens or objective."
-    context, kind = cfg.context or cfg.length, cfg.objective
+    context, kind = cfg.context or 4 * cfg.length, cfg.objective
     if cfg.init_from is None:
         torch.manual_seed(cfg.train.seed)
         shape = dict(mask_token_id=tokenizer.mask_token_id, max_position_embeddings=context)
@@ -119,10 +115,10 @@ def pretrain(cfg: PretrainConfig) -> TrainResult:
     record = {each.name: getattr(cfg, each.name) for each in fields(cfg)}
     record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()
               if name not in ("train", "out", "cache")}  # `train` writes its own settings
-    names = ("objective", "length", "pack", "document_mask", "random_length", "shift")
     text = f"{len(tokens)} tokens, {hashlib.blake2b(tokens[:2**20].tobytes(), digest_size=8).hexdigest()}"
-    fixed = {name: record[name] for name in names}
-    fixed |= {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    fixed = {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    names = ("objective", "length", "pack", "document_mask", "random_length", "shift")
+    fixed |= {name: record[name] for name in names}
     return train(model, make_objective(model.cfg), learn, cfg.train, judge, cfg.out,
                  lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
                  {"pretrain": record, "fixed": fixed})
@@ -133,10 +129,9 @@ def document_rows(tokenizer: Tokenizer, texts: list[str], length: int | None = N
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [torch.tensor([bos, *ids, eos]) for ids in encode_batch(tokenizer, texts)]
     sizes = torch.tensor([len(row) for row in rows])
-    longest = int(sizes.max())
-    if length is not None and longest > length:
-        raise UserError(f"a document has {longest} tokens, a row {length}: make rows longer or leave it out")
-    rows.append(torch.empty(length or longest, dtype=torch.int64))  # as wide as the others shall be
+    if length is not None and sizes.max() > length:
+        raise UserError(f"a document has {sizes.max()} tokens, a row {length}: make rows longer, or drop it")
+    rows.append(torch.empty(length or int(sizes.max()), dtype=torch.int64))  # as wide as the others shall be
     ids = pad_sequence(rows, batch_first=True, padding_value=eos)[:-1]
     return ids, torch.arange(ids.shape[1]) < sizes[:, None]
 
@@ -169,11 +164,10 @@ def score_documents(
 
 def _nats(model: Backbone, rows: dict, n_samples: int, batch_size: int, generator: torch.Generator) -> Tensor:
     "Nats of each row's scored tokens (B,), by either kind of model."
-    device = model.lm_head.weight.device
-    if model.cfg.objective == "ar":
-        learn = Autoregressive()
-        batch = {name: value.to(device) for name, value in with_places(learn.noise(rows)).items()}
-        return learn.terms(model, batch)[0].double().cpu()
-    ids, scored, real = (rows[name].to(device) for name in ("ids", "scored", "real"))
-    return estimate_nelbo(model.denoise, ids, n_samples=n_samples, maskable=scored, batch_size=batch_size,
-                          attention_mask=None if real.all() else real.long(), generator=generator)[0].cpu()
+    ar, device = model.cfg.objective == "ar", model.lm_head.weight.device
+    rows = to_device(with_places(Autoregressive().noise(rows)) if ar else rows, device)
+    if ar:
+        return Autoregressive().terms(model, rows)[0].double().cpu()
+    real = None if rows["real"].all() else rows["real"].long()
+    return estimate_nelbo(model.denoise, rows["ids"], n_samples=n_samples, maskable=rows["scored"],
+                          batch_size=batch_size, attention_mask=real, generator=generator)[0].cpu()

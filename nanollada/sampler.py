@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['CONFIDENCE_RULES', 'RANDOM_RULES', 'RULES', 'NOTHING', 'num_transfer_tokens', 'choose_tokens', 'confidence',
            'most_confident', 'Policy', 'Step', 'blocks_of', 'unfinished', 'opened', 'Writing', 'noise', 'forbid',
-           'draw', 'score', 'close_at_eos', 'by_threshold', 'choose', 'settled', 'turns', 'passes', 'advance', 'spread',
-           'record', 'write', 'GuidedDenoiser', 'prompt_canvas', 'left_pad', 'finish', 'generate']
+           'draw', 'score', 'close_at_eos', 'by_threshold', 'choose', 'turns', 'passes', 'advance', 'record', 'write',
+           'GuidedDenoiser', 'prompt_canvas', 'left_pad', 'finish', 'generate']
 
 # %% ../nbs/10_sampler.ipynb #imports
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -44,14 +43,14 @@ def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = N
 CONFIDENCE_RULES = ("low_confidence", "margin", "entropy")
 RANDOM_RULES = ("random", "random_bernoulli", "ancestral")
 RULES = CONFIDENCE_RULES + RANDOM_RULES
+NOTHING = "a pass wrote nothing: NaN or infinite logits, all tokens suppressed, or commit chose nothing"
 
 
 def confidence(logits: Tensor, tokens: Tensor, rule: str = "low_confidence") -> Tensor:
     "How sure (N,): p(token), the lead of the best token, or minus the entropy in nats; in float32 or better."
     probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     if rule == "margin":
-        best = probs.topk(2, dim=-1).values
-        return best[:, 0] - best[:, 1]
+        return -probs.topk(2, dim=-1).values.diff()[:, 0]
     if rule == "entropy":
         return torch.xlogy(probs, probs).sum(-1)
     return probs.gather(-1, tokens[:, None])[:, 0]
@@ -66,7 +65,6 @@ def most_confident(score: Tensor, quota: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Policy:
     "What to commit after a pass. Raises `UserError` when a value makes no sense."
-
     steps: int | None = None  # passes in total, over all blocks; None: one for each token
     block_length: int | None = None  # tokens written together, left to right; None: all at once
     temperature: float = 0.0  # 0 takes the likeliest token; "ancestral" always samples at 1
@@ -83,29 +81,26 @@ class Policy:
     subs: bool = True  # never predict the mask token (MDLM, SUBS)
 
     def __post_init__(self) -> None:
-        def require(name: str, holds: bool, expected: str) -> None:
+        heat, rule = self.temperature, callable(self.commit)
+        heats = heat in (0, 1) if self.remasking == "ancestral" else heat == 0 or 1e-6 <= heat < math.inf
+        unsure = self.remasking in RANDOM_RULES and (rule or self.suppress_confidence)
+        whole = ((name, getattr(self, name)) for name in ("steps", "block_length", "patience", "top_k"))
+        for name, holds, expected in (
+            *((k, n is None or isinstance(n, int) and n > 0, "a whole number, at least 1") for k, n in whole),
+            *((k, 0 <= getattr(self, k) < math.inf, "0 or more, and finite") for k in ("cfg_scale", "limit")),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a share above 0 and up to 1"),
+            ("commit", rule or self.commit == "quota", "quota or a function"),
+            ("remasking", self.remasking in RULES, "one of " + ", ".join(RULES)),
+            ("remasking", not unsure, "a confidence, for suppress_confidence or commit"),
+            ("temperature", heats, "0, or 1e-6 and more, and finite; 1 for ancestral"),
+        ):
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
-
-        heat, rule, sure = self.temperature, callable(self.commit), self.remasking in CONFIDENCE_RULES
-        for name in ("steps", "block_length", "patience", "top_k"):
-            n = getattr(self, name)
-            require(name, n is None or (isinstance(n, int) and n > 0), "a whole number, at least 1")
-        for name in ("cfg_scale", "limit"):
-            require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
-        require("top_p", self.top_p is None or 0 < self.top_p <= 1, "a share above 0 and up to 1")
-        require("commit", rule or self.commit == "quota", "quota or a function")
-        require("remasking", self.remasking in RULES, "one of " + ", ".join(RULES))
-        unsure = not sure and (rule or self.suppress_confidence)
-        require("remasking", not unsure, "a confidence, for suppress_confidence or commit")
-        heats = heat in (0, 1) if self.remasking == "ancestral" else heat == 0 or 1e-6 <= heat < math.inf
-        require("temperature", heats, "0, or 1e-6 and more, and finite; 1 for ancestral")
 
 # %% ../nbs/10_sampler.ipynb #Step
 @dataclass(eq=False)
 class Step:
     "A forward pass: what it wrote and, computed when asked for, what it had in mind."
-
     ids: Tensor  # the canvas after the pass (B, L), its own tensor
     nfe: int  # forward passes so far
     block: int  # number of the block, from 0
@@ -134,9 +129,8 @@ class Step:
 # %% ../nbs/10_sampler.ipynb #blocks_of
 def blocks_of(maskable: Tensor, block_length: int | None = None) -> list[tuple[int, int, Tensor]]:
     "Blocks of each row's wanted positions (B, L): columns lo to hi, and what belongs to it (B, hi - lo)."
-    L = maskable.shape[1]
-    numbers = ((maskable.cumsum(1) - 1) // (block_length or L)).masked_fill(~maskable, -1)
-    wanted, columns = numbers[maskable], torch.arange(L).expand_as(numbers)[maskable]
+    numbers = ((maskable.cumsum(1) - 1) // (block_length or maskable.shape[1])).masked_fill(~maskable, -1)
+    wanted, columns = numbers[maskable], maskable.nonzero()[:, 1]
     edges = torch.zeros(int(wanted.max()) + 1, dtype=torch.long)
     lo = edges.scatter_reduce(0, wanted, columns, "amin", include_self=False).tolist()
     hi = edges.scatter_reduce(0, wanted, columns + 1, "amax").tolist()
@@ -155,7 +149,6 @@ def opened(denoiser: Denoiser, ids: Tensor, real: Tensor | None) -> Denoiser:
 
 class Writing:
     "A batch in the making. The host knows what was to do, and plans; the device knows what is."
-
     def __init__(self, denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real=None, generator=None):
         self.policy, self.mask_id, self.real, self.generator = policy, denoiser.mask_id, real, generator
         self.known, self.maskable, self.nfe = maskable, maskable.to(canvas.device), 0
@@ -163,18 +156,14 @@ class Writing:
         self.last, self.same = canvas.clone(), torch.zeros_like(canvas[:, :1])  # proposals; how long the same
         self.grid, self.banned = torch.arange(canvas.numel()).view(canvas.shape), None
         self.denoiser = opened(denoiser, self.ids, real)
-        self.focus, self.on_host = getattr(self.denoiser, "focus", None), canvas.device.type == "cpu"
-        self.blind = policy.commit == "quota" and policy.eos_id is None and policy.patience is None
-
-    def here(self, host: Tensor) -> Tensor:
-        "A tensor of the host where the canvas is."
-        return host.to(self.ids.device, non_blocking=True)
+        self.focus, on_host = getattr(self.denoiser, "focus", None), canvas.device.type == "cpu"
+        self.blind = not on_host and (policy.commit, policy.eos_id, policy.patience) == ("quota", None, None)
+        self.here = lambda host: host.to(canvas.device, non_blocking=True)  # a tensor where the canvas is
 
     def look(self, lo: int, asked: Tensor) -> bool:
         "Turn to the places (B, n) from column lo on that are asked for; whether there are any."
         self.lo, self.hi, self.asked, self.counts = lo, lo + asked.shape[1], asked, asked.sum(1).tolist()
-        places = self.grid[:, lo : self.hi]
-        self.places = places.reshape(-1) if sum(self.counts) == asked.numel() else places[asked]
+        self.places = self.grid[:, lo : self.hi].masked_select(asked)
         return len(self.places) > 0
 
 # %% ../nbs/10_sampler.ipynb #noise
@@ -201,12 +190,10 @@ def forbid(w: Writing, logits: Tensor) -> Tensor:
 def draw(w: Writing, logits: Tensor) -> Tensor:
     "A token (N,) for each place."
     policy, heat = w.policy, 1.0 if w.policy.remasking == "ancestral" else w.policy.temperature
-    if heat == 0:
-        return logits.argmax(-1)
-    u = noise(w, logits.shape[-1])
-    if policy.top_k is None and policy.top_p is None:
-        return choose_tokens(logits, heat, u)
-    return choose_tokens(filter_logits(logits.to(u), heat, policy.top_k, policy.top_p), 1.0, u)
+    u = noise(w, logits.shape[-1]) if heat else None
+    if heat and (policy.top_k, policy.top_p) != (None, None):
+        logits, heat = filter_logits(logits.to(u), heat, policy.top_k, policy.top_p), 1.0
+    return choose_tokens(logits, heat, u)
 
 
 def score(w: Writing, logits: Tensor, tokens: Tensor) -> Tensor:
@@ -227,9 +214,8 @@ def close_at_eos(ids: Tensor, todo: Tensor, maskable: Tensor, eos_id: int) -> tu
     ends = maskable & ~todo & (ids == eos_id)
     if ids.device.type == "cpu" and not ends.any():
         return ids, todo
-    n_ends = ends.cumsum(1)  # EOS tokens up to and including each position
-    waiting = (todo & (n_ends == 0)).any(1, keepdim=True)  # something open before the first
-    tail = maskable & (n_ends > 0) & ~waiting
+    ended = ends.cumsum(1) > 0  # from the first EOS on
+    tail = maskable & ended & ~(todo & ~ended).any(1, keepdim=True)  # unless something is open before it
     return ids.masked_fill(tail, eos_id), todo & ~tail
 
 # %% ../nbs/10_sampler.ipynb #by_threshold
@@ -245,14 +231,6 @@ def choose(policy: Policy, score: Tensor, quota: Tensor | None) -> Tensor:
     if quota is not None:
         return most_confident(score, quota.to(score.device))
     return policy.commit(score, policy) & (score > -math.inf)
-
-
-def settled(w: Writing, proposed: Tensor, asked: Tensor, fresh: bool) -> Tensor:
-    "Bool (B, 1): rows whose open proposals have been the same for `patience` passes."
-    same = ((proposed == w.last[:, w.lo : w.hi]) | ~asked).all(1, keepdim=True)
-    w.same = torch.where(same, w.same + 1, 0) * (not fresh)
-    w.last[:, w.lo : w.hi] = proposed
-    return w.same >= w.policy.patience
 
 # %% ../nbs/10_sampler.ipynb #turns
 def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -273,10 +251,7 @@ def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Ten
         for quota in num_transfer_tokens(counts, min(steps, int(counts.max()))).unbind(1):
             yield inside & (quota > 0)[:, None], quota
 
-# %% ../nbs/10_sampler.ipynb #NOTHING
-NOTHING = "a pass wrote nothing: NaN or infinite logits, all tokens suppressed, or commit chose nothing"
-
-
+# %% ../nbs/10_sampler.ipynb #passes
 @torch.no_grad()
 def passes(w: Writing, blocks: list[tuple[int, int, Tensor]], steps: int) -> Iterator[Step]:
     "Write block by block. Raises `UserError` when a pass with something to do does nothing."
@@ -297,54 +272,43 @@ def advance(w: Writing, block: int, quota: Tensor | None, fresh: bool) -> Step:
     logits = forbid(w, w.denoiser.at(w.ids, places, w.real))
     tokens = draw(w, logits)
     wanted = score(w, logits, tokens)
-    proposed, table = spread(tokens, asked, w.mask_id), spread(wanted, asked, -math.inf)
-    if not w.on_host:  # there the host may ask for more than is open
+    size, full = asked.shape, len(places) == asked.numel()
+    proposed = tokens.view(size) if full else tokens.new_zeros(size).masked_scatter_(asked, tokens)
+    table = wanted.view(size) if full else wanted.new_full(size, -math.inf).masked_scatter_(asked, wanted)
+    if w.blind:  # then the host may ask for more than is open
         table = table.masked_fill(~before[:, w.lo : w.hi], -math.inf)
     commit = choose(w.policy, table, quota)
     if w.policy.patience is not None:
-        commit |= settled(w, proposed, asked, fresh) & (table > -math.inf)
+        same = ((proposed == w.last[:, w.lo : w.hi]) | ~asked).all(1, keepdim=True)  # as in the pass before
+        w.same = torch.where(same, w.same + 1, 0) * (not fresh)
+        w.last[:, w.lo : w.hi] = proposed
+        commit |= (w.same >= w.policy.patience) & (table > -math.inf)
     after = record(w, proposed, commit)
     known = w.policy.remasking == "low_confidence" and not w.policy.suppress_confidence and w.hi - w.lo > 1
     return Step(w.ids, w.nfe, block, before, after, places, tokens, wanted if known else logits)
 
-# %% ../nbs/10_sampler.ipynb #spread
-def spread(values: Tensor, asked: Tensor, empty: float) -> Tensor:
-    "A table (B, n) with these values (N,) where they were asked for."
-    if len(values) == asked.numel():
-        return values.view(asked.shape)
-    return values.new_full(asked.shape, empty).masked_scatter_(asked, values)
-
-
+# %% ../nbs/10_sampler.ipynb #record
 def record(w: Writing, proposed: Tensor, commit: Tensor) -> Tensor:
     "Write what is committed; what is to do (B, L) after it. Raises `UserError` if that is nothing."
     w.ids, after, w.nfe = w.ids.clone(), w.todo.clone(), w.nfe + 1
-    window = w.ids[:, w.lo : w.hi]
-    window.copy_(torch.where(commit, proposed, window))
+    w.ids[:, w.lo : w.hi] = torch.where(commit, proposed, w.ids[:, w.lo : w.hi])
     after[:, w.lo : w.hi].masked_fill_(commit, False)
     w.todo = after
     if w.policy.eos_id is not None:
         w.ids, w.todo = close_at_eos(w.ids, after, w.maskable, w.policy.eos_id)
-    if w.on_host or not w.blind:
-        w.known = unfinished(w.todo)
     if not w.blind:
+        w.known = unfinished(w.todo)
         left = (w.known[:, w.lo : w.hi] & w.asked).sum(1).tolist()
         if any(n >= count > 0 for n, count in zip(left, w.counts)):
             raise UserError(NOTHING)
     return after
 
 # %% ../nbs/10_sampler.ipynb #write
-def write(
-    denoiser: Denoiser | Callable[..., Tensor],  # or any callable ids (B, L) -> logits (B, L, V)
-    canvas: Tensor,  # ids (B, L)
-    policy: Policy | None = None,  # what to commit after a pass; default `Policy()`
-    *,
-    mask_id: int | None = None,  # id of the mask token, if the denoiser does not know it
-    attention_mask: Tensor | None = None,  # (B, L), 0 at padding, on whichever side the denoiser likes it
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,  # random stream, or one per row
-    maskable: Tensor | None = None,  # bool (B, L) on the CPU: where text is wanted; default: at the masks
-    **changes: object,  # fields of `Policy`
-) -> Iterator[Step]:
-    "Fill a canvas, pass by pass: the loop of everything that writes. Raises `UserError` for unusable input."
+def write(denoiser: Denoiser | Callable[..., Tensor], canvas: Tensor, policy: Policy | None = None, *,
+          mask_id: int | None = None, attention_mask: Tensor | None = None, generator: object = None,
+          maskable: Tensor | None = None, **changes: object) -> Iterator[Step]:
+    """Fill a canvas (B, L), pass by pass, as `policy` with `changes` says, where `maskable` is (on the CPU;
+    default: at the masks); one `generator`, or one per row. Raises `UserError` for unusable input."""
     policy, denoiser = replace(policy or Policy(), **changes), as_denoiser(denoiser, mask_id)
     real, on_host = attention_mask, canvas.device.type == "cpu"
     if canvas.ndim != 2 or canvas.dtype != torch.long:
@@ -372,11 +336,9 @@ def write(
 # %% ../nbs/10_sampler.ipynb #GuidedDenoiser
 class GuidedDenoiser(Denoiser):
     "Classifier-free guidance, u + (scale + 1)(c - u); u sees a mask where `drop` (B, L) or (1, L) is True."
-
     def __init__(self, denoiser: Denoiser, drop: Tensor, scale: float):
-        self.denoiser, self.mask_id, self.drop, self.scale = denoiser, denoiser.mask_id, drop, scale
-        if not 0 <= scale < math.inf:
-            raise UserError(f"cfg_scale is {scale}; expected 0 or more, and finite")
+        self.denoiser, self.mask_id, self.drop = denoiser, denoiser.mask_id, drop
+        self.scale = Policy(cfg_scale=scale).cfg_scale  # which checks it
 
     def both(self, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "The canvas with its text and without (2B, L)."
@@ -400,11 +362,11 @@ def prompt_canvas(prompt: Tensor, mask_id: int, gen_length: int, attention_mask:
     "The canvas [prompt | MASK x gen_length] for `write`. Raises `UserError` for right padding."
     if gen_length < 1:
         raise UserError(f"gen_length is {gen_length}; expected at least 1")
-    canvas, real = F.pad(prompt, (0, gen_length), value=mask_id), attention_mask
+    canvas, real = torch.nn.functional.pad(prompt, (0, gen_length), value=mask_id), attention_mask
     maskable = (torch.arange(canvas.shape[-1]) >= prompt.shape[-1]).expand(canvas.shape)
     if real is not None and real.device.type == "cpu" and (real.diff(dim=1) < 0).any():
         raise UserError("attention_mask has padding on the right: pad prompts on the left (left_pad does)")
-    real = real if real is None else F.pad(real.long(), (0, gen_length), value=1)
+    real = real if real is None else torch.nn.functional.pad(real.long(), (0, gen_length), value=1)
     return dict(canvas=canvas, maskable=maskable, attention_mask=real)
 
 
@@ -417,21 +379,12 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 def finish(steps: Iterator[Step]) -> Tensor:
     "Run to the end: the ids (B, L) after the last pass. No other step is kept."
-    for ids in map(attrgetter("ids"), steps):
-        pass
-    return ids
+    return deque(map(lambda step: step.ids, steps), maxlen=1).pop()
 
 
-def generate(
-    denoiser: Denoiser | Callable[..., Tensor],  # as of `write`; gets attention_mask only for padded rows
-    prompt: Tensor,  # ids (B, P), left-padded if the rows differ in length; P may be 0
-    mask_id: int | None = None,  # id of the mask token, if the denoiser does not know it
-    gen_length: int = 128,  # tokens to write
-    *,
-    attention_mask: Tensor | None = None,  # (B, P), 0 at left padding
-    **settings: object,  # policy, generator and changes of `write`
-) -> Tensor:  # ids (B, P + gen_length): the prompt and what was written
-    "Continue a prompt by masked diffusion (LLaDA, Algorithms 4 and 5). Raises `UserError` for bad input."
+def generate(denoiser: Denoiser | Callable[..., Tensor], prompt: Tensor, mask_id: int | None = None,
+             gen_length: int = 128, *, attention_mask: Tensor | None = None, **settings: object) -> Tensor:
+    "A left-padded prompt (B, P), continued with settings of `write`, as LLaDA's Algorithms 4 and 5."
     denoiser = as_denoiser(denoiser, mask_id)
     canvas = prompt_canvas(prompt, denoiser.mask_id, gen_length, attention_mask)
     return finish(write(denoiser, **canvas, **settings))

@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .ar import Batch
 from .backbone import Backbone, load_run, save_run
 from .core import UserError, make_generator
 from .data import held_out_rank
@@ -93,13 +91,14 @@ def read_conversations(source: str | Path, skip_bad: bool = False) -> Iterator[C
             yield Conversation([], place)
 
 # %% ../nbs/14_sft.ipynb #toy_conversations
-def toy_conversations(
-    n: int, seed: int = 0, language: Language = None, direction: str | None = None, turns: int = 1
-) -> list[Conversation]:
-    "Each a story with a question, the answer, and so on for so many turns; four in five ask forward."
+def toy_conversations(n: int, seed: int = 0, language: Language = None, direction: str | None = "mixed",
+                      turns: int = 1) -> list[Conversation]:
+    "Each a story with questions and answers. Mixed: four in five ask forward; direction None: half of them."
     rng, made = random.Random(f"conversations {seed}"), []
+    share = {"mixed": 0.8, None: 0.5}.get(direction)
     for number, story in enumerate(sample(n, seed, language)):
-        possible = questions(story, language, direction or ("forward" if rng.random() < 0.8 else "backward"))
+        way = direction if share is None else "forward" if rng.random() < share else "backward"
+        possible = questions(story, language, way)
         asked = rng.sample(possible, min(turns, len(possible)))
         said = [{"role": role, "content": text} for pair in asked for role, text in zip(ROLES[1:], pair)]
         said[0]["content"] = f"{story}\n{said[0]['content']}"
@@ -131,7 +130,6 @@ def _bounded(what: str) -> Iterator[None]:
         if time.thread_time() > end:
             raise TimeoutError("it works for more than two seconds")
         return watch
-
     if Path("/proc/self/statm").exists():
         most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
         resource.setrlimit(resource.RLIMIT_AS, (min([most, *(n for n in limits if n >= 0)]), limits[1]))
@@ -148,7 +146,6 @@ def _bounded(what: str) -> Iterator[None]:
 # %% ../nbs/14_sft.ipynb #ChatFormat
 class ChatFormat:
     "A tokenizer's chat template, applied to tokens; text that looks like a mark stays text."
-
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self._words = tokenizer, cache(self._words)
 
@@ -164,8 +161,7 @@ class ChatFormat:
         if parts[1::2] != [str(number) for number in range(len(roles))]:
             raise UserError(f"the chat template drops or moves a turn of {', '.join(roles)}: use another")
         first, *others = encode_batch(self.tokenizer, parts[::2], allow_special=True)
-        bos = [self.tokenizer.bos_token_id]
-        return [bos * (first[:1] != bos) + first, *others]
+        return [[self.tokenizer.bos_token_id] * (first[:1] != [self.tokenizer.bos_token_id]) + first, *others]
 
     def encode(self, turns: list[dict[str, str]]) -> list[tuple[str, list[int]]]:
         "Role and ids of each turn; no content holds a mark."
@@ -191,16 +187,18 @@ def fit_context(form: ChatFormat, said: list[tuple], room: int) -> tuple[list[in
 Encoded = tuple[list[tuple[array, array]], float]  # pairs of context and answer; rank of the conversation
 
 
-def encode_pairs(
-    conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int, skip_bad: bool = False
-) -> tuple[list[Encoded], Counter]:
+def encode_pairs(conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int,
+                 skip_bad: bool = False) -> tuple[list[Encoded], Counter]:
     "All pairs of at most so many tokens, and counts; an answer too long is a `UserError`, or skipped."
-    form, talks, counts = ChatFormat(tokenizer), [], Counter()
+    form, talks, counts, end = ChatFormat(tokenizer), [], Counter(), tokenizer.eos_token_id
     rest = iter(tqdm(conversations, "conversations", delay=3, leave=False, disable=None))
     while chunk := list(islice(rest, 1000)):
         said = iter(form.encode([turn for talk in chunk for turn in talk.turns]))
         for talk in chunk:
-            found = list(_pairs_of(list(islice(said, len(talk.turns))), form, length))
+            turns = list(islice(said, len(talk.turns)))
+            replies = [(n, [*ids, end]) for n, ((before, _), (role, ids)) in enumerate(pairwise(turns), 1)
+                       if (before, role) == ("user", "assistant")]  # others are only seen by later answers
+            found = [(fit_context(form, turns[:n], length - len(reply)), reply) for n, reply in replies]
             pairs = [(array("i", context[0]), array("i", reply)) for context, reply in found if context]
             counts.update(pairs=len(pairs), too_long=len(found) - len(pairs), unusable=int(not talk.turns),
                           turns_dropped=sum(context[1] for context, _ in found if context))
@@ -209,14 +207,6 @@ def encode_pairs(
                                 "use longer rows (--length), or leave it out (--skip-bad)")
             talks += [(pairs, talk.rank)] if pairs else []
     return talks, counts
-
-
-def _pairs_of(said: list[tuple], form: ChatFormat, length: int) -> Iterator[tuple[tuple | None, list[int]]]:
-    "What `fit_context` says of each answer's context, and the answer."
-    for n in range(1, len(said)):
-        if (said[n - 1][0], said[n][0]) == ("user", "assistant"):  # others are only seen by later answers
-            reply = [*said[n][1], form.tokenizer.eos_token_id]
-            yield fit_context(form, said[:n], length - len(reply)), reply
 
 # %% ../nbs/14_sft.ipynb #SftRows
 @dataclass
@@ -231,7 +221,7 @@ class SftRows:
     def __len__(self) -> int:
         return len(self.talks)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> dict:
         "Rows of these conversations; the shortest first, so that micro-batches hold rows of like length."
         rows = []
         draws = torch.rand(len(indices), 2, generator=generator or make_generator(0, "rows")).tolist()
@@ -316,16 +306,15 @@ def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
     filling = {"bucket": 1, "spare": 0} if is_ar else {"bucket": cfg.bucket, "spare": cfg.spare}
     rows, valid = (SftRows(part, tokenizer, cfg.length, **filling) for part in (learnt, held))
     sizes = sorted(len(reply) for pairs, _ in learnt for _, reply in pairs)
-    usual = sizes[-1] if is_ar else sizes[int(0.95 * (len(sizes) - 1))]
-    canvas = -(-usual // cfg.bucket) * cfg.bucket
-    record = {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas}
+    canvas = -(-sizes[-1 if is_ar else int(0.95 * (len(sizes) - 1))] // cfg.bucket) * cfg.bucket
     facts = {"train": len(rows), "valid": len(valid), **counts}
     content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
-    fixed = {"length": cfg.length, **filling, "content": content, "valid_rows": len(valid)}
+    record = {"sft": {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas},
+              "fixed": {"length": cfg.length, **filling, "content": content, "valid_rows": len(valid)}}
     objective = make_objective(model.cfg, per="row", by="count")
-    return train(model, objective, rows, cfg.train, valid if len(valid) else None, cfg.out,
+    return train(model, objective, rows, cfg.train, valid if held else None, cfg.out,
                  lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
-                 {"sft": record, "statistics": facts, "fixed": fixed}), facts
+                 record | {"statistics": facts}), facts
 
 # %% ../nbs/14_sft.ipynb #answer
 def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list], **settings: object) -> list[str]:
@@ -338,9 +327,8 @@ def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list], **set
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
-def exact_match(
-    model: Backbone, tokenizer: Tokenizer, talks: Sequence[Conversation], **settings: object
-) -> tuple[list[bool], list[str]]:
+def exact_match(model: Backbone, tokenizer: Tokenizer, talks: Sequence[Conversation],
+                **settings: object) -> tuple[list[bool], list[str]]:
     "Whether `answer` finds the last answer of each conversation to the letter, and what it says."
     ends = [max(n for n, turn in enumerate(talk.turns) if turn["role"] == "assistant") for talk in talks]
     said = answer(model, tokenizer, [talk.turns[:end] for talk, end in zip(talks, ends)], **settings)

@@ -24,10 +24,9 @@ from .core import UserError, read_json
 def source_files(source: str | Path) -> list[Path]:
     "The files of a source, in order; none for a hub data set. Raises `UserError` for what is no source."
     path = Path(source).expanduser()
-    if str(source) == "minimind" and not path.exists():
-        return [fetch_minimind()]
-    if re.fullmatch(r"\w[\w-]*/[\w-]+", str(source)) and not path.exists() and not path.parent.exists():
-        return []
+    hub = re.fullmatch(r"\w[\w-]*/[\w-]+", str(source)) and not path.parent.exists()
+    if not path.exists() and (hub or str(source) == "minimind"):
+        return [] if hub else [fetch_minimind()]
     if not os.path.lexists(path):
         raise UserError(f"{source}: no such file or folder; named sources are toy, poetry, minimind")
     saved = any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json"))
@@ -43,7 +42,6 @@ def source_files(source: str | Path) -> list[Path]:
 def _rows(source: str) -> Iterator[tuple[str, dict]]:
     "Rows of a saved data set, or of a hub data set's training split. Raises `UserError`."
     import datasets
-
     path = Path(source).expanduser()
     try:
         if not path.is_dir():
@@ -62,37 +60,31 @@ def read_records(source: str | Path, whole_files: bool = False) -> Iterator[tupl
         yield from _rows(str(source))
         return
     for file in files:
-        yield from _values(file) if file.suffix == ".jsonl" else _blocks(file, whole_files)
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as opened:
+            lines = ((f"{file}:{number}", line.rstrip("\r\n")) for number, line in enumerate(opened, 1))
+            yield from _values(lines) if file.suffix == ".jsonl" else _blocks(lines, whole_files)
 
 
-def _values(path: Path) -> Iterator[tuple[str, object]]:
-    "The values of a .jsonl file, one a line; a blank line is a blank text."
-    for place, line in _lines(path):
+def _values(lines: Iterator[tuple[str, str]]) -> Iterator[tuple[str, object]]:
+    "The JSON values of lines; a blank line is a blank text."
+    for place, line in lines:
         try:
             yield place, json.loads(line) if line.strip() else ""
         except (ValueError, RecursionError) as error:  # also too many digits, too deep
             yield place, UserError(f"{place}: not JSON ({error})")
 
 
-def _blocks(path: Path, whole: bool) -> Iterator[tuple[str, str]]:
-    "The blocks of lines between blank lines of a .txt file, or all of it."
-    for blank, lines in groupby(_lines(path), lambda line: not (whole or line[1].strip())):
+def _blocks(lines: Iterator[tuple[str, str]], whole: bool) -> Iterator[tuple[str, str]]:
+    "The blocks of lines between blank lines, or the whole text."
+    for blank, block in groupby(lines, lambda line: not (whole or line[1].strip())):
         if not blank:
-            places, block = zip(*lines)
-            yield places[0], "\n".join(block)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    "The lines of a file with their places, without their ends or a byte-order mark."
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        yield from ((f"{path}:{number}", line.rstrip("\r\n")) for number, line in enumerate(file, 1))
+            places, texts = zip(*block)
+            yield places[0], "\n".join(texts)
 
 # %% ../nbs/97_sources.ipynb #read_documents
-def read_documents(
-    source: str | Path, field: str = "text", skip_bad_lines: bool = False, whole_files: bool = False,
-) -> Iterator[str]:
-    """The texts of .jsonl or .txt files, a folder of these, or a data set, where records have it in `field`.
-    Blank lines part the documents of a .txt file. Raises `UserError` of one line for anything unusable."""
+def read_documents(source: str | Path, field: str = "text", skip_bad_lines: bool = False,
+                   whole_files: bool = False) -> Iterator[str]:
+    "The texts (`field` of records, blocks of .txt files) of a source. Raises `UserError` of one line."
     skipped, found = 0, False
     for place, value in read_records(source, whole_files):
         text = _text_of(place, value, field)
@@ -113,11 +105,9 @@ def _text_of(place: str, record: object, field: str) -> str | UserError:
     "The text of one record, or why there is none."
     text = record
     try:
-        if isinstance(record, dict) and field not in record:
+        if isinstance(record, dict):
             turns = record.get("conversations", record.get("messages"))
-            text = "\n".join(turn["content"] for turn in turns)
-        elif isinstance(record, dict):
-            text = record[field]
+            text = record[field] if field in record else "\n".join(turn["content"] for turn in turns)
         return text if isinstance(text, UserError) or text.encode("utf-8") else ""
     except UnicodeEncodeError as error:
         return UserError(f"{place}: not UTF-8 (character {error.start + 1})")
@@ -134,7 +124,6 @@ def cache_dir() -> Path:
 def fetch_from_hub(repo_id: str, files: list[str], repo_type: str = "model") -> Path:
     "The folder with a hub repository's files (patterns), fetched or found in the hub's cache."
     from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files, etag_timeout=5))
     except Exception as error:
@@ -150,18 +139,18 @@ def fetch_minimind(file: str = "pretrain_hq.jsonl") -> Path:
 # %% ../nbs/97_sources.ipynb #fetch_poetry
 def fetch_poetry() -> Path:
     "The folder with poet.tang.*.json and poet.song.*.json: the cache's, or fetched by npm."
-    folder, command = cache_dir() / "poetry", ["npm", "pack", "chinese-poetry@2.0.1", "--silent"]
+    folder, command = cache_dir() / "poetry", "npm pack chinese-poetry@2.0.1 --silent"
     if any(folder.glob("poet.*.json")):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=1200)
-            shutil.unpack_archive(next(Path(scratch).glob("*.tgz")), scratch, filter="data")
+            subprocess.run(command.split(), cwd=scratch, check=True, capture_output=True, timeout=1200)
+            shutil.unpack_archive(Path(scratch) / "chinese-poetry-2.0.1.tgz", scratch, filter="data")
             os.replace(Path(scratch) / "package" / "dist" / "quantangshi", folder)
     except (OSError, subprocess.SubprocessError) as error:
         if not any(folder.glob("poet.*.json")):  # else another process was faster
-            by_hand = f"run `{' '.join(command)}` elsewhere, put its dist/quantangshi/ into {folder}"
+            by_hand = f"run `{command}` elsewhere, put its dist/quantangshi/ into {folder}"
             raise UserError(f"the poems cannot be fetched ({error}): {by_hand}") from None
     return folder
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['check_fields', 'TrainConfig', 'lr_at', 'parameter_groups', 'make_optimizers', 'epoch_order', 'rows_of_step',
            'draw_update', 'split_batch', 'Learner', 'take_update', 'valid_batches', 'measure', 'mean_and_error',
-           'keep_record', 'log', 'Training', 'describe', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend',
-           'train']
+           'keep_record', 'log', 'Training', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend', 'train']
 
 # %% ../nbs/08_trainer.ipynb #imports
 import atexit
@@ -14,7 +13,6 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -31,19 +29,17 @@ from .ar import Batch, Objective, with_places
 from .checkpoint import cut_metrics, latest_state, load_state, lock_folder, save_state
 from .core import UserError, append_jsonl, make_generator, pick_precision, write_json
 from .processes import (apply_gradients, combine, full_state, is_sharded, leave_group, open_folder,
-                                 open_processes, peak_flops, put_state, scene, shapes_of, spread, to_device,
-                                 update_flops)
+    open_processes, peak_flops, put_state, scene, shapes_of, spread, to_device, update_flops)
 
 # %% ../nbs/08_trainer.ipynb #check_fields
 def check_fields(cfg: object, **ranges: tuple[float, float]) -> None:
     "Raise `UserError` for a field that is none of its `Literal`, or outside the range (least, most) given."
     for each in fields(cfg):
-        value, choices = getattr(cfg, each.name), get_args(each.type)
-        least, most = ranges.get(each.name, (-math.inf, math.inf))
+        value, choices, span = getattr(cfg, each.name), get_args(each.type), ranges.get(each.name)
         if get_origin(each.type) is Literal and value not in choices:
             raise UserError(f"{each.name} is {value!r}; expected {' or '.join(choices)}")
-        if each.name in ranges and value is not None and not least <= value <= most:
-            raise UserError(f"{each.name} is {value!r}; expected {least:,} to {most:,}")
+        if span and value is not None and not span[0] <= value <= span[1]:
+            raise UserError(f"{each.name} is {value!r}; expected {span[0]:,} to {span[1]:,}")
 
 # %% ../nbs/08_trainer.ipynb #TrainConfig
 @dataclass
@@ -83,17 +79,18 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise UserError("resume is True; expected resume or overwrite: they exclude each other")
 
+
+_FREE = {"micro_batch_size", "precision", "compile", "recompute", "log_every", "save_every", "progress",
+         "device", "steps", "time_budget", "resume", "overwrite"}  # may change when a run is resumed
+
 # %% ../nbs/08_trainer.ipynb #lr_at
 def lr_at(step: int, cfg: TrainConfig, elapsed: float = 0.0) -> float:
     "Learning rate of an update: a rise over 50 (or a quarter of all), then the schedule (`wsd`: LLaDA §2.2)."
     warmup = min(50, cfg.steps // 4) if cfg.warmup_steps is None else cfg.warmup_steps
     done = min(1.0, max(step / cfg.steps, elapsed / (cfg.time_budget or math.inf)))
-    left = 1.0  # 1 before the decay, 0 at the end of the run
-    if cfg.schedule == "wsd":
-        left = min(1.0, (1 - done) / cfg.decay_fraction)
-    elif cfg.schedule == "cosine":
-        start = min(warmup / cfg.steps, 1 - 1e-9)
-        left = (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2
+    start = min(warmup / cfg.steps, 1 - 1e-9)
+    left = {"constant": 1.0, "wsd": min(1.0, (1 - done) / cfg.decay_fraction),  # 1, in the end 0
+            "cosine": (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2}[cfg.schedule]
     highest = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup))
     return highest * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
@@ -114,8 +111,8 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opti
     if not any(groups.values()):
         raise UserError("the model has no trainable parameters: unfreeze some (requires_grad_)")
     hidden = groups.pop("hidden") if cfg.optimizer == "muon" else []
-    sets = [{"params": some, "weight_decay": 0.0 if kind == "plain" else cfg.weight_decay}
-            for kind, some in groups.items() if some]
+    decay = {"hidden": cfg.weight_decay, "matrix": cfg.weight_decay, "plain": 0.0}
+    sets = [{"params": some, "weight_decay": decay[kind]} for kind, some in groups.items() if some]
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     adamw = [torch.optim.AdamW(sets, cfg.learning_rate, (0.9, 0.95), fused=fused)] if sets else []
     return adamw + ([torch.optim.Muon(hidden, cfg.learning_rate, cfg.weight_decay,
@@ -138,8 +135,8 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
 def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int) -> Batch:
     "The batch of an update, noise and all: a function of the seed and of its number."
     generator = make_generator(cfg.seed, "noise", step)
-    numbers = rows_of_step(step, len(rows), cfg.batch_size, cfg.seed)
-    return objective.noise(rows.batch(numbers, generator), generator)
+    chosen = rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), generator)
+    return objective.noise(chosen, generator)
 
 # %% ../nbs/08_trainer.ipynb #split_batch
 def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -147,12 +144,9 @@ def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list
     starts = range(rank * micro, len(batch["ids"]), world * micro)
     return [with_places({k: v[s:s + micro] for k, v in batch.items()}) for s in starts]
 
-
-
 # %% ../nbs/08_trainer.ipynb #Learner
 class Learner:
     "A model, what it learns, from which rows, and its optimizers; `take_update` uses them."
-
     def __init__(self, model: nn.Module, objective: Objective, rows: object, cfg: TrainConfig):
         self.model, self.objective, self.rows, self.cfg = model, objective, rows, cfg
         state = self.state = open_processes(cfg.device)
@@ -164,9 +158,8 @@ class Learner:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is not in bf16
         self.precision, terms = pick_precision(self.device, cfg.precision), objective.terms
-        if self.precision == "bf16":
-            terms = torch.autocast(self.device.type, torch.bfloat16)(terms)
-        self.terms, self.optimizers = spread(model, terms, state), make_optimizers(model, cfg)
+        mixed = self.precision == "bf16" and torch.autocast(self.device.type, torch.bfloat16)(terms)
+        self.terms, self.optimizers = spread(model, mixed or terms, state), make_optimizers(model, cfg)
         self.step, self.empty, self.rate, self.seconds = 0, 0, 0.0, 0.0
         self.open_window()
 
@@ -176,14 +169,13 @@ class Learner:
 
     def backward(self, piece: Batch, scale: float, last: bool = True) -> None:
         "Add the gradient of some rows; the processes exchange theirs with the last piece."
-        flops = update_flops(self.model, piece, self.objective.name == "ar")
         piece, waits = to_device(piece, self.device), hasattr(self.terms, "no_sync") and not last
         with self.terms.no_sync() if waits else nullcontext():
             nats, _ = self.terms(piece)
             (nats.sum() * scale).backward()
-        levels = getattr(self.objective, "levels", None)
-        parts = [nats.detach().sum()[None], *(levels(nats, piece) if levels else ())]
-        self.window.update(sums=torch.cat([part.float() for part in parts]), flops=flops)
+        levels = getattr(self.objective, "levels", lambda *_: ())(nats, piece)
+        sums = torch.cat([part.float() for part in (nats.detach().sum()[None], *levels)])
+        self.window.update(sums=sums, flops=update_flops(self.model, piece, self.objective.name == "ar"))
 
 # %% ../nbs/08_trainer.ipynb #take_update
 def take_update(run: Learner) -> None:
@@ -202,7 +194,7 @@ def take_update(run: Learner) -> None:
     run.step += 1
 
 # %% ../nbs/08_trainer.ipynb #valid_batches
-def valid_batches(rows: object, objective: Objective, most: int = 256) -> Iterator[Batch]:
+def valid_batches(rows: object, objective: Objective, most: int = 256) -> "Iterator[Batch]":
     "Noisy batches of up to 32 of the first rows with their numbers (`row`), the same at every call."
     n = min(len(rows), most)
     for draw in range(math.ceil(256 / n)):
@@ -217,16 +209,13 @@ def valid_batches(rows: object, objective: Objective, most: int = 256) -> Iterat
 @torch.no_grad()
 def measure(run: Learner, rows: object) -> Tensor:
     "Nats and counts (2, n) of validation rows, over all draws of noise and all processes."
-    most = run.cfg.valid_rows
-    table = torch.zeros(2, min(len(rows), most), device=run.device)
-    pieces = (p for batch in valid_batches(rows, run.objective, most) for p in split_batch(batch, run.micro))
+    table = torch.zeros(2, min(len(rows), run.cfg.valid_rows), device=run.device)
+    pieces = (p for b in valid_batches(rows, run.objective, len(table[0])) for p in split_batch(b, run.micro))
     run.model.eval()
     while turn := list(islice(pieces, run.world)):
         mine = min(run.rank, len(turn) - 1)  # sharded processes must all compute, if only to repeat
-        piece = to_device(turn[mine], run.device)
-        nats, count = run.terms(piece)
-        if mine == run.rank:
-            table.index_add_(1, piece["row"], torch.stack([nats, count]).float())
+        part = to_device(turn[mine], run.device)
+        table.index_add_(1, part["row"], torch.stack(run.terms(part)).float(), alpha=float(mine == run.rank))
     run.model.train()
     return combine(run.state, table).cpu().double()
 
@@ -250,8 +239,6 @@ def keep_record(run: "Training", record: dict) -> None:
     if run.writes:
         append_jsonl(run.out / "metrics.jsonl", run.history[-1])
     run.shown[f"{record['split']} loss"] = f"{record['loss']:.4f}"
-    if record["split"] == "train":
-        run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
     run.bar.set_postfix(run.shown, refresh=False)
 
 
@@ -271,11 +258,10 @@ def log(run: "Training") -> None:
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "no GPU"
     if peak := peak_flops(device, run.precision):
         record["mfu"] = window["flops"] / seconds / peak
+    run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
     keep_record(run, record)
 
-# %% ../nbs/08_trainer.ipynb #FREE
-_FREE = {"micro_batch_size", "precision", "compile", "recompute", "log_every", "save_every", "progress",
-         "device", "steps", "time_budget", "resume", "overwrite"}  # may change when a run is resumed
+# %% ../nbs/08_trainer.ipynb #STAND
 _STAND = ("step", "best", "best_nats", "saved", "seconds", "settings")  # where a run stands
 
 
@@ -312,19 +298,17 @@ class Training(Learner):
         self.saved = self.step if chosen else self.saved
         weights, memory = full_state(self.model, self.optimizers)
         if self.writes:
-            record = {name: getattr(self, name) for name in _STAND}
-            save_state(self.out / "state", self.step, weights, memory, record)
+            save_state(self.out / "state", self.step, weights, memory, {k: getattr(self, k) for k in _STAND})
             if chosen and self.write_model is not None:
                 self.write_model(self.model, self.out, *([weights] if is_sharded() else []))
-            describe(self)
+            self.describe()
 
-# %% ../nbs/08_trainer.ipynb #describe
-def describe(run: Training) -> None:
-    "Write train_config.json: how it trains, and of which update the saved weights are."
-    facts = {"processes": run.world, "sharded": is_sharded(), "torch": torch.__version__, "saved": run.saved}
-    write_json(run.out / "train_config.json", asdict(run.cfg) | facts | run.info)
+    def describe(self) -> None:
+        "Write train_config.json: how it trains, and of which update the saved weights are."
+        facts = dict(processes=self.world, sharded=is_sharded(), torch=torch.__version__, saved=self.saved)
+        write_json(self.out / "train_config.json", asdict(self.cfg) | facts | self.info)
 
-
+# %% ../nbs/08_trainer.ipynb #restore
 def restore(run: Training, checkpoint: Path | None) -> None:
     "Put all processes where the main one's checkpoint was written, if any. `UserError` for other settings."
     from accelerate.utils import broadcast_object_list
@@ -333,8 +317,7 @@ def restore(run: Training, checkpoint: Path | None) -> None:
         then, now = record.get("settings"), run.settings
         if not isinstance(then, dict) or not record.keys() >= set(_STAND):
             raise UserError(f"{checkpoint}: trainer.json is damaged; start anew, overwriting the run")
-        differ = [f"{k} was {then[k]!r} and is {now[k]!r}" for k in now if then.get(k, now[k]) != now[k]]
-        if differ:
+        if differ := [f"{k} was {then[k]!r} and is {now[k]!r}" for k in now if then.get(k, now[k]) != now[k]]:
             raise UserError(f"{checkpoint} cannot be resumed with other settings: {'; '.join(differ)}. "
                             "Give it the old ones, or train into another folder")
         run.history = cut_metrics(run.out / "metrics.jsonl", record["step"])
@@ -354,8 +337,7 @@ def warm_up(run: Training) -> None:
             for rows in (run.micro, 1):
                 run.terms(to_device(split_batch(kind, rows)[0], run.device))
         run.model.train()
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad()
 
 # %% ../nbs/08_trainer.ipynb #TrainResult
 @dataclass
@@ -398,12 +380,10 @@ def attend(run: Training, received: list[int]) -> None:
 # %% ../nbs/08_trainer.ipynb #train
 def train(
     model: nn.Module,  # trained in place, and left with its last weights, in eval mode
-    objective: Objective,  # what to learn
-    rows: object,  # to learn from
-    cfg: TrainConfig,  # how
+    objective: Objective, rows: object, cfg: TrainConfig,  # what to learn, from which rows, how
     valid: object | None = None,  # rows to validate on
     out: str | Path | None = None,  # run folder, for checkpoints and metrics; None: write nothing
-    save: Callable | None = None,  # save(model, folder, weights=None); weights: whole, if they are sharded
+    save: "Callable | None" = None,  # save(model, folder, weights=None); weights: whole, if they are sharded
     info: dict[str, dict] | None = None,  # more for train_config.json; "fixed" must be equal on resume
 ) -> TrainResult:  # history, best validation, time
     "Minimise a loss; the folder gets the latest weights within an error of the lowest one. `UserError`."
@@ -414,7 +394,7 @@ def train(
     with lock_folder(run.out) if run.writes else nullcontext(), scene(run) as asked:
         restore(run, open_folder(run.out, cfg.resume, cfg.overwrite) if run.writes else None)
         if run.writes:
-            describe(run)
+            run.describe()
         if why_stop(run) is None and (run.device.type == "cuda" or cfg.compile is True):
             warm_up(run)
         if run.saved is not None and run.saved == run.step:

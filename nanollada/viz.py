@@ -38,8 +38,7 @@ def plot_losses(axis: Axes, runs: dict[str, list], floor: float | None = None, x
     for number, (name, records) in enumerate(runs.items()):
         for split, note, style in (("train", ", training", thin), ("valid", "", dots)):
             points = [(record[x], record["loss"]) for record in records if record["split"] == split]
-            if points:
-                axis.plot(*zip(*points), color=COLOURS[number % len(COLOURS)], label=name + note, **style)
+            axis.plot(*zip(*points), color=COLOURS[number % len(COLOURS)], label=name + note, **style)
     if floor is not None:
         axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the language")
     axis.set(xlabel="update" if x == "step" else x, ylabel="loss (nats per token)")
@@ -66,10 +65,8 @@ def save_loss_plot(folder: str | Path, floor: float | None = None) -> Path:
 # %% ../nbs/96_viz.ipynb #draw_grid
 def _draw_grid(axis: Axes, boxes: list[tuple[str, str, object]], columns: int) -> None:
     "Draw boxes of (text, its colour, colour of the box); a text whose letters this machine lacks is a dot."
-    from matplotlib import rcParams
     from matplotlib.patches import Rectangle
-    style = dict(ha="center", va="center", fontsize=8, parse_math=False)
-    style["family"] = chinese_font() or rcParams["font.family"]
+    style = dict(ha="center", va="center", fontsize=8, parse_math=False, family=chinese_font())
     for number, (text, ink, colour) in enumerate(boxes):
         x, y = number % columns, number // columns
         axis.add_patch(Rectangle((x + 0.03, y + 0.08), 0.94, 0.84, facecolor=colour, edgecolor="none"))
@@ -92,16 +89,15 @@ def save_gif(film: list[list[str | None]], path: str | Path, columns: int = 10, 
     from matplotlib.figure import Figure
     from PIL import Image
     figure = Figure(figsize=(columns * 0.85, -(-len(film[0]) // columns) * 0.36 + 0.1), dpi=80)
-    canvas, axis, images = FigureCanvasAgg(figure), figure.add_axes((0.01, 0.01, 0.98, 0.98)), []
+    canvas, axis, shots = FigureCanvasAgg(figure), figure.add_axes((0.01, 0.01, 0.98, 0.98)), []
     for before, now in zip([film[0], *film], [*film, film[-1]]):
         axis.clear()
         draw_frame(axis, now, columns, before)
         canvas.draw()
-        pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-        images.append(pixels.convert("RGB"))
+        shots.append(Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB"))
     pauses = [1000 * seconds / len(film)] * len(film) + [2000]
     with atomic_path(path) as temporary:
-        images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=pauses, loop=0)
+        shots[0].save(temporary, "GIF", save_all=True, append_images=shots[1:], duration=pauses, loop=0)
     return Path(path)
 
 # %% ../nbs/96_viz.ipynb #draw_order

@@ -206,7 +206,7 @@ def test_in_a_pipe_one_line_in_is_one_line_out(models, tokenizer, objective):
     assert count == 3 and len(lines) == 5 and lines[1] == lines[4] == "" and "\x1b" not in out.getvalue()
     said = printable(answer(models[objective], tokenizer, ["Who?"], gen_length=6)[0])
     assert lines[0] == lines[2] == " ".join(said.splitlines())
-    with pytest.raises(UserError, match="ask something shorter"):
+    with pytest.raises(UserError, match="line 2 of the questions: .*ask something shorter"):
         run_chat(chat, io.StringIO("\n" + "word " * 90), io.StringIO())
 
 

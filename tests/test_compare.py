@@ -198,8 +198,8 @@ def test_chat_runs_are_asked_on_the_canvas_they_learned(runs):
 def test_prompts_that_cannot_be_asked_stop_before_anything_is_written(pair, monkeypatch):
     monkeypatch.setattr("nanollada.compare.time_answer", None)
     for prompts, settings, message in [
-        ([], {}, "0 prompts"), (["Once", ""], {"gen_length": 8}, "the prompt is ''"),
-        (["Once", "word " * 90], {"gen_length": 8}, ".*96"), (["Once"], {"gen_length": 96}, ".*96"),
+        ([], {}, "0 prompts"), (["Once", ""], {"gen_length": 8}, "prompt 2: the prompt is ''"),
+        (["Once", "word " * 90], {"gen_length": 8}, "prompt 2: .*96"), (["Once"], {"gen_length": 96}, "prompt 1: .*96"),
     ]:
         with pytest.raises(UserError, match=message):
             compare_answers(pair, prompts, WriteConfig(**settings))

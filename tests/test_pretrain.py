@@ -79,6 +79,14 @@ def test_no_update_of_the_default_pretraining_is_empty(folder, seed):
     assert len(columns) > 3
 
 
+def test_the_context_is_four_lengths_and_only_grows(folder, ar):
+    "What is written may be longer than a window; a run begun from another keeps the larger context."
+    tokenizer = load_run(ar, device="cpu")[1]
+    wide = lambda **changes: start_model(config(folder, **changes), tokenizer).cfg.max_position_embeddings
+    assert wide() == 256 and wide(context=100) == 100
+    assert wide(init_from=ar, context=64) == 256 and wide(init_from=ar, context=999) == 999
+
+
 def test_training_learns(folder):
     result = pretrain(config(folder, "learns", steps=25, train={"batch_size": 8, "learning_rate": 3e-3, "log_every": 5, "eval_every": 25}))
     losses = [r["loss"] for r in result.history if r["split"] == "train"]

@@ -225,6 +225,12 @@ def test_poetry_without_npm_says_what_to_do(cache, monkeypatch, error):
     assert not list(cache.iterdir())
 
 
+def test_npm_that_leaves_no_package_is_a_user_error(cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **settings: None)
+    with pytest.raises(UserError, match=f"npm pack chinese-poetry@2.0.1.* into {cache}"):
+        fetch_poetry()
+
+
 def test_poetry_fetched_by_another_process_meanwhile(cache, monkeypatch):
     def npm(*arguments, **settings):
         put_poems(cache / "poetry")
