@@ -9,7 +9,6 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-
 import torch
 from huggingface_hub import save_torch_state_dict
 
@@ -18,7 +17,7 @@ from nanollada.checkpoint import latest_state
 from nanollada.cli import main as nanollada
 
 PARTS = {1: "ar", 2: "diffusion", 3: "diffusion_from_ar"}
-FULL = ["--preset", "30m", "--length", 256, "--batch-size", 256, "--warmup-steps", 200, "--valid-rows", 256]
+FULL = ["--preset", "30m", "--length", 256, "--batch-size", 256, "--warmup-steps", 200]
 SMALL = ["--preset", "toy", "--length", 64, "--context", 256, "--batch-size", 8, "--warmup-steps", 5, "--eval-every", 20, "--valid-rows", 8]
 
 
@@ -47,14 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     call("pretrain", "--data", s.data, "--tokenizer", s.data, "--cache", s.runs / "tokens", "--out", folder,
          "--objective", name.split("_")[0], "--steps", 10**6, "--time-budget", 60 * s.minutes, "--no-progress",
          *(SMALL if s.small else FULL), *more)
-    judge = ["--judge", s.runs / "ar"] if (s.runs / "ar").is_dir() else []
+    judge = ["--judge", s.runs / "ar"] * (s.runs / "ar").is_dir()
     call("eval", folder, "--data", s.data, "--samples", 16, "--temperature", 0.8, *judge,
          "--limit", 8 if s.small else 500, "--gen-length", 32 if s.small else 128, "--json", s.out / name / "eval.json")
     shutil.copy(folder / "metrics.jsonl", s.out / name)
     save_torch_state_dict(load_run(folder, "cpu", torch.bfloat16)[0].state_dict(), s.out / name, max_shard_size="14MB")
     if s.part == 3:
-        brief = ["--seconds", 0.1, "--batch-sizes", 1] * s.small
-        call("bench", "sample", "--run", folder, "--ar-run", s.runs / "ar", "--json", s.out / "bench_sample.json", *brief)
+        tiny = ["--seconds", 0.1, "--batch-sizes", 1] * s.small
+        call("bench", "sample", "--run", folder, "--ar-run", s.runs / "ar", "--json", s.out / "bench_sample.json", *tiny)
 
 
 if __name__ == "__main__":

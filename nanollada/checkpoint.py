@@ -92,7 +92,8 @@ def save_state(state: Path, step: int, weights: dict[str, Tensor], optimizer: di
         _sync(state)
     except Exception as error:  # of the disk, or of a library that wraps it
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: {error}. Make room, resume; the last whole one is {latest_state(state)}")
+        raise UserError(f"{final}: could not be written ({error}). Make room and resume; "
+                        f"the last whole checkpoint is {latest_state(state)}") from error
     for old in {*state.glob("step-*"), *state.glob(".tmp-*")} - {final}:
         shutil.rmtree(old, ignore_errors=True)
     return final
