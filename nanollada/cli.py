@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, make_dataclass
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction
@@ -95,19 +95,19 @@ def _documents(asked: object, part: str) -> list[str]:
     return list(nanollada.data.open_source(file if file.is_file() else asked.data, **settings))
 
 # %% ../nbs/90_cli.ipynb #pretrain
-def pretrain(cfg: "PretrainConfig") -> None:
+def pretrain(cfg: Any) -> None:
     "Train an autoregressive or a diffusion model on text, from scratch or from another run."
     _say_trained(cfg.out, nanollada.pretrain.pretrain(cfg), "token")
 
 
-def sft(cfg: "SftConfig") -> None:
+def sft(cfg: Any) -> None:
     "Fine-tune a run of either objective on conversations."
     result, statistics = nanollada.sft.sft(cfg)
     _say(statistics)
     _say_trained(cfg.out, result, "answer token")
 
 
-def _say_trained(out: Path, result: "TrainResult", unit: str) -> None:
+def _say_trained(out: Path, result: Any, unit: str) -> None:
     "How fast a training was, what it reached, and which weights the run folder holds."
     nanollada.viz.save_loss_plot(out)
     speed = f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"
@@ -126,7 +126,7 @@ class Generate:
     json: bool = False  # one JSON object a line: prompt and text
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
-    def run(self, writing: "WriteConfig") -> None:
+    def run(self, writing: Any) -> None:
         _check("samples", self.samples, 1, 10_000)
         run = nanollada.backbone.load_run(self.folder, self.device)[:2]
         texts = nanollada.fast.generate_text(run, [self.prompt] * self.samples, **asdict(writing))
@@ -158,7 +158,7 @@ class Infill(Generate):
         ids = nanollada.guidance.infill(model.denoise, rows, generator=noise, temperature=self.temperature)
         self.say(tokenizer.batch_decode(ids, skip_special_tokens=True), self.temperature)
 
-    def canvas(self, tokenizer: "Tokenizer", room: int) -> list[int]:
+    def canvas(self, tokenizer: Any, room: int) -> list[int]:
         "The ids of a document with gaps; `UserError` if it has none, or does not fit the model."
         text = self.prompt.replace(" <|mask|>", "<|mask|>")  # words bring their own space
         _refuse("<|mask|>" not in text, f"no gap in {text!r}: write <|mask|> where words are missing")
@@ -178,7 +178,7 @@ class Chat:
     system: str | None = None  # what the model is told before everything else
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
-    def run(self, writing: "WriteConfig") -> None:
+    def run(self, writing: Any) -> None:
         model, tokenizer, info = nanollada.backbone.load_run(self.folder, self.device)
         if not nanollada.compare.is_chat(info):
             note = f"note: {self.folder} was not fine-tuned on conversations: expect no answers"
@@ -201,7 +201,7 @@ class Compare:
     repeats: int = 3  # timed rounds; the middle one is reported
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
-    def run(self, writing: "WriteConfig") -> None:
+    def run(self, writing: Any) -> None:
         from nanollada.compare import compare_runs, comparison_markdown, read_prompts, write_comparison
         prompts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else [])]
         _refuse(not prompts, "no prompt: give --prompt TEXT, several times if you like, or --prompts FILE")
@@ -230,7 +230,7 @@ class Eval:
     device: str | None = None  # cuda, mps, cpu; none: the best present
     json: Path | None = None  # also write the result here
 
-    def run(self, writing: "WriteConfig") -> None:
+    def run(self, writing: Any) -> None:
         _check_eval(self, writing.temperature)
         texts, questions = _held_out(self)
         run = nanollada.backbone.load_run(self.folder, self.device)
@@ -270,7 +270,7 @@ def _held_out(asked: Eval) -> tuple[list, list]:
     return texts, questions
 
 # %% ../nbs/90_cli.ipynb #measure
-def _measure(asked: Eval, writing: "WriteConfig", run: tuple, texts: list, questions: list) -> dict:
+def _measure(asked: Eval, writing: Any, run: tuple, texts: list, questions: list) -> dict:
     "All that was asked of a run. Samples of one that learned the toy language are held to its grammar."
     from nanollada.compare import is_chat, score_questions, score_samples, score_text
     model, tokenizer, info = run
@@ -295,13 +295,13 @@ def _measure(asked: Eval, writing: "WriteConfig", run: tuple, texts: list, quest
     return found
 
 # %% ../nbs/90_cli.ipynb #demo
-def demo(cfg: "DemoConfig") -> None:
+def demo(cfg: Any) -> None:
     "Train three models on the toy language, compare them, draw: minutes on a CPU."
     _say(nanollada.demo.report_table(nanollada.demo.demo(cfg)))
     _say(f"\nEverything is in {cfg.out}: report.md, report.json, loss.png, unmasking.gif, three run folders.")
 
 
-def bench(cfg: "TrainBench | SampleBench") -> None:
+def bench(cfg: Any) -> None:
     "Measure the speed of training or of writing on this machine, against the plain way."
     for line in nanollada.bench.bench(cfg):
         _say(line)

@@ -256,7 +256,7 @@ def score_questions(model: Backbone, tokenizer: Tokenizer, talks: list, cfg: Wri
 
 def score_samples(
     model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig, judge: Backbone | None = None,
-    judge_tokenizer: "Tokenizer | None" = None, language: Language | bool = False
+    judge_tokenizer: Tokenizer | None = None, language: Language | bool = False
 ) -> dict:
     "What n new documents are like: variety, likelihood under a judge, grammar unless language is False."
     noise = make_generator(cfg.seed, "samples", device=model.lm_head.weight.device)

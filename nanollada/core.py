@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def by_budget(smoke: object, cpu: object, gpu: object | None = None) -> object:
 
 # %% ../nbs/95_core.ipynb #atomic_path
 @contextmanager
-def atomic_path(path: str | Path) -> "Iterator[Path]":
+def atomic_path(path: str | Path) -> Iterator[Path]:
     "Give a temporary name, renamed to `path` if the block succeeds; on any error `path` stays as it was."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from .checkpoint import lock_folder
 from .core import UserError, atomic_path, read_json, write_json
 from .sources import read_documents, read_poems, read_records, source_files
-from .tokenizer import encode_batch, load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
+from .tokenizer import (Tokenizer, encode_batch, load_tokenizer, save_tokenizer,
+    tokenizer_fingerprint, train_tokenizer)
 from .toy import CHINESE, ENGLISH, sample, surprises, vocabulary
 
 # %% ../nbs/03_data.ipynb #DataConfig
@@ -148,7 +149,7 @@ class TokenStream:
         return f"TokenStream({self.meta['tokens']:,} tokens, {self.meta['documents']:,} documents)"
 
 # %% ../nbs/03_data.ipynb #build_stream
-def build_stream(documents: Iterable[str], tokenizer: "Tokenizer", folder: Path) -> TokenStream:
+def build_stream(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -> TokenStream:
     "Tokenize documents into one stream on disk, in constant memory."
     folder, counts, texts = Path(folder), Counter(), iter(_progress(documents, "tokenizing"))
     bos, eos, dtype = tokenizer.bos_token_id, tokenizer.eos_token_id, "u2" if len(tokenizer) < 2**16 else "u4"
@@ -204,7 +205,7 @@ class Windows:
         return found
 
 # %% ../nbs/03_data.ipynb #toy_tokenizer
-def toy_tokenizer(vocab_size: int = 2048) -> "Tokenizer":
+def toy_tokenizer(vocab_size: int = 2048) -> Tokenizer:
     "One token for each word of the toy language (about 1,580), but for rare pairs of Chinese words."
     stories = sample(3000, seed=0)
     pieces = [[story] if story.isascii() else [word for word, _ in surprises(story)] for story in stories]
@@ -234,7 +235,7 @@ def prepare_data(source: "str | Path | DataConfig", **changes: object) -> tuple:
     return *(TokenStream(folder / part) for part in PARTS), tokenizer or load_tokenizer(folder / "tokenizer")
 
 # %% ../nbs/03_data.ipynb #prepare
-def _prepare(cfg: DataConfig, tokenizer: "Tokenizer | None", folder: Path) -> None:
+def _prepare(cfg: DataConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
     "Fill a cache folder; a source that is already split is taken as it is."
     parts, toy = Path(cfg.data).expanduser(), cfg.named == "toy"
     if not all((parts / f"{part}.jsonl").is_file() for part in PARTS):

@@ -7,6 +7,7 @@ __all__ = ['SCHEDULES', 'check_maskable', 'uniform', 'mask_tokens', 'sample_t', 
            'mask_exactly', 'fixed_count_batch']
 
 # %% ../nbs/06_masking.ipynb #imports
+from collections.abc import Callable
 from math import pi
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .core import UserError
 
 # %% ../nbs/06_masking.ipynb #require
-def _require(holds: Tensor, message: "Callable[[], str]") -> None:
+def _require(holds: Tensor, message: Callable[[], str]) -> None:
     "Raise `UserError` unless all of `holds` is true; asked on the CPU only: a GPU would have to stop."
     if holds.device.type == "cpu" and not bool(holds.all()):
         raise UserError(message())
@@ -67,8 +68,8 @@ def sample_t(batch_size: int, generator: torch.Generator | None = None, stratifi
 # %% ../nbs/06_masking.ipynb #Schedule
 class Schedule(NamedTuple):
     "How fast tokens disappear as t goes from 0 to 1, with the loss weight that belongs to it."
-    p_mask: "Callable[[Tensor], Tensor]"  # probability that a token is masked at t, 1 - alpha(t)
-    rate: "Callable[[Tensor], Tensor]"  # its derivative, which is -alpha'(t), never negative
+    p_mask: Callable[[Tensor], Tensor]  # probability that a token is masked at t, 1 - alpha(t)
+    rate: Callable[[Tensor], Tensor]  # its derivative, which is -alpha'(t), never negative
 
     def weight(self, t: Tensor) -> Tensor:
         "Weight of a masked token's cross-entropy, -alpha'(t) / (1 - alpha(t)) (MDLM, Eq. 10)."

@@ -13,7 +13,10 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ from .checkpoint import latest_state
 from .core import UserError, pick_device
 
 # %% ../nbs/98a_processes.ipynb #open_processes
-def open_processes(device: str | None = None) -> "PartialState":
+def open_processes(device: str | None = None) -> Any:
     "This process and those launched with it (torchrun, accelerate), on this device. `UserError` if alone."
     from accelerate import PartialState
     place, launched = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
@@ -41,7 +44,7 @@ def open_processes(device: str | None = None) -> "PartialState":
     return state
 
 
-def combine(state: "PartialState", value: Tensor, how: str = "SUM") -> Tensor:
+def combine(state: Any, value: Tensor, how: str = "SUM") -> Tensor:
     "Sum or MAX over all processes; what is on the CPU goes from CPU to CPU, and no GPU is waited for."
     if state.num_processes > 1:
         torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, how))
@@ -56,7 +59,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 # %% ../nbs/98a_processes.ipynb #Terms
 class Terms(nn.Module):
     "A network and a function of it and a batch as one module: data parallelism wraps one `forward`."
-    def __init__(self, model: nn.Module, function: "Callable"):
+    def __init__(self, model: nn.Module, function: Callable):
         super().__init__()
         self.model, self.function = model, function
 
@@ -70,7 +73,7 @@ def is_sharded() -> bool:
     return wanted and torch.distributed.is_initialized()
 
 
-def spread(model: nn.Module, function: "Callable", state: "PartialState") -> nn.Module:
+def spread(model: nn.Module, function: Callable, state: Any) -> nn.Module:
     "Model and function as one module on the device: copied to all processes, or sharded over them."
     if is_sharded():
         from torch.distributed.device_mesh import init_device_mesh
@@ -145,7 +148,7 @@ def update_flops(model: nn.Module, batch: dict[str, Tensor], causal: bool) -> fl
     return B * L * (6 * trunk + attention) + 6 * sum(p.numel() for p in head) * len(batch["places"])
 
 # %% ../nbs/98a_processes.ipynb #open_folder
-def open_folder(out: "Path", resume: bool, overwrite: bool) -> "Path | None":
+def open_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
     "The checkpoint to go on from; None if the run begins, and then the folder holds nothing of an older one."
     found, model = latest_state(out / "state"), out / "model.safetensors"
     if resume and not found and (model.exists() or not (out / "train_config.json").exists()):
@@ -161,7 +164,7 @@ def open_folder(out: "Path", resume: bool, overwrite: bool) -> "Path | None":
 
 # %% ../nbs/98a_processes.ipynb #stop_signals
 @contextmanager
-def stop_signals(active: bool = True, patient: bool = False) -> "Iterator[list[int]]":
+def stop_signals(active: bool = True, patient: bool = False) -> Iterator[list[int]]:
     "A list that gets the first SIGINT or SIGTERM; a second acts as usual (not if patient: launchers repeat)."
     received: list[int] = []
     with ExitStack() as handlers:
@@ -183,7 +186,7 @@ def leave_group() -> None:
 
 # %% ../nbs/98a_processes.ipynb #scene
 @contextmanager
-def scene(run: object) -> "Iterator[list[int]]":
+def scene(run: object) -> Iterator[list[int]]:
     "Set the scene for the loop, and leave the caller's random state, model and signals as they were."
     trunk, cfg, on_gpu = getattr(run.model, "model", run.model), run.cfg, run.device.type == "cuda"
     wanted = on_gpu if cfg.compile == "auto" else cfg.compile

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from .core import UserError, atomic_path, read_json, write_json
 from .sources import fetch_from_hub
 
 # %% ../nbs/01_tokenizer.ipynb #Tokenizer
-Tokenizer = "PreTrainedTokenizerFast"  # for annotations; `transformers`, slow to load, is loaded where used
+Tokenizer = Any  # a `transformers.PreTrainedTokenizerFast`: that library, slow to load, is loaded where used
 
 SPECIAL_TOKENS = {  # name in `transformers` -> text; the ids of a tokenizer trained here are 0, 1, 2, 3
     "pad_token": "<|endoftext|>", "bos_token": "<|im_start|>",

@@ -13,13 +13,14 @@ import math
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ def take_update(run: Learner) -> None:
     run.step += 1
 
 # %% ../nbs/08_trainer.ipynb #valid_batches
-def valid_batches(rows: object, objective: Objective, most: int = 256) -> "Iterator[Batch]":
+def valid_batches(rows: object, objective: Objective, most: int = 256) -> Iterator[Batch]:
     "Noisy batches of up to 32 of the first rows with their numbers (`row`), the same at every call."
     n = min(len(rows), most)
     for draw in range(math.ceil(256 / n)):
@@ -228,7 +229,7 @@ def mean_and_error(table: Tensor) -> tuple[float, float]:
     return mean.item(), error.item() if n > 1 else math.inf
 
 # %% ../nbs/08_trainer.ipynb #keep_record
-def keep_record(run: "Training", record: dict) -> None:
+def keep_record(run: Any, record: dict) -> None:
     "Add to history, file and bar; `UserError` for what is not finite, before such weights are saved."
     for name in ("loss", "grad_norm"):
         if not math.isfinite(record.get(name, 0.0)):
@@ -242,7 +243,7 @@ def keep_record(run: "Training", record: dict) -> None:
     run.bar.set_postfix(run.shown, refresh=False)
 
 
-def log(run: "Training") -> None:
+def log(run: Any) -> None:
     "Close the logging window: one record. This waits for the device."
     window, seconds = run.window, max(time.perf_counter() - run.since, 1e-9)
     run.open_window()
@@ -383,7 +384,7 @@ def train(
     objective: Objective, rows: object, cfg: TrainConfig,  # what to learn, from which rows, how
     valid: object | None = None,  # rows to validate on
     out: str | Path | None = None,  # run folder, for checkpoints and metrics; None: write nothing
-    save: "Callable | None" = None,  # save(model, folder, weights=None); weights: whole, if they are sharded
+    save: Callable | None = None,  # save(model, folder, weights=None); weights: whole, if they are sharded
     info: dict[str, dict] | None = None,  # more for train_config.json; "fixed" must be equal on resume
 ) -> TrainResult:  # history, best validation, time
     "Minimise a loss; the folder gets the latest weights within an error of the lowest one. `UserError`."

@@ -9,11 +9,12 @@ __all__ = ['Axes', 'Figure', 'COLOURS', 'chinese_font', 'can_draw', 'plot_losses
 # %% ../nbs/96_viz.ipynb #imports
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .core import atomic_path, printable, read_jsonl
 
-# %% ../nbs/96_viz.ipynb #COLOURS
-Axes, Figure = "matplotlib.axes.Axes", "matplotlib.figure.Figure"  # for annotations; loading them is slow
+# %% ../nbs/96_viz.ipynb #Axes
+Axes = Figure = Any  # matplotlib's, which is slow to load
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 # %% ../nbs/96_viz.ipynb #chinese_font
