@@ -17,7 +17,7 @@ demo: .venv/ready  ## train both models on the embedded corpus, compare, draw: r
 test: .venv/ready  ## every notebook in a fresh kernel, then all tests
 	$(BIN)/python .ci/notebooks.py test
 	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)"  # the site's pages, without Quarto
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
 scripts: .venv/ready  ## notebooks -> scripts/*.py, for editing
 	$(BIN)/python .ci/notebooks.py scripts

@@ -123,8 +123,7 @@ class KVCache:
         "Write keys and values (B, H, n, head_dim) of n tokens; all that are seen, (B, H, seen, head_dim)."
         end = self.length + keys.shape[2]
         assert end <= self.store.shape[4], f"the cache holds {self.store.shape[4]} tokens, {end} are needed"
-        self.store[layer, 0, :, :, self.length : end] = keys
-        self.store[layer, 1, :, :, self.length : end] = values
+        self.store[layer, :, :, :, self.length : end] = torch.stack([keys, values])
         if layer == len(self.store) - 1:
             self.length = end
         return self.store[layer, :, :, :, : self.seen or end].unbind()
@@ -321,9 +320,12 @@ def save_run(model: Backbone, tokenizer: Tokenizer, folder: str | Path, weights:
     save_tokenizer(tokenizer, folder)
 
 # %% ../nbs/04_backbone.ipynb #load_run
-def load_run(folder: str | Path, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32) -> tuple[Backbone, Tokenizer, dict]:
-    "A run's model (on the best device, in float32), tokenizer and record. `UserError` if one is broken."
+def load_run(
+    folder: str | Path,  # of a run, as `save_run` or a training leaves it
+    device: str | torch.device | None = None,  # cuda, cuda:N, mps or cpu; None or auto: the best there is
+    dtype: torch.dtype = torch.float32,  # of the weights
+) -> tuple[Backbone, Tokenizer, dict]:  # and the run's record: config, objective, training
+    "The model, ready to answer, and tokenizer of a run. Raises `UserError` if one is broken."
     folder, device = Path(folder), pick_device(device)
     entries, path = read_json(folder / "config.json", dict), folder / "model.safetensors"
     cfg, tokenizer, record = from_huggingface(entries), load_tokenizer(folder), folder / "train_config.json"

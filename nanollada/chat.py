@@ -53,8 +53,7 @@ class Chat:
 
     def stream(self, question: str) -> Iterator[ChatStep]:
         "The answer while it is written; read to its end, it is remembered. `UserError` for a bad question."
-        turns = [*self.turns, {"role": "user", "content": question}]
-        check_turns(turns, training=False)
+        turns = check_turns([*self.turns, {"role": "user", "content": question}], training=False)
         (context, forgotten), grows = self.context(turns), self.model.cfg.objective == "ar"
         noise = make_generator(self.cfg.seed, "chat", len(turns), device=self.model.lm_head.weight.device)
         for step in write_steps(self.model, [context], self.tokenizer, self.cfg, noise):
@@ -78,13 +77,11 @@ class Chat:
 # %% ../nbs/14a_chat.ipynb #show_in_terminal
 def show_in_terminal(steps: Iterator[ChatStep], stdout: TextIO) -> ChatStep:
     "Draw an answer over itself while it is written; the last step."
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-    screen = Console(file=stdout, force_jupyter=False)
-    with Live(console=screen, auto_refresh=False, redirect_stdout=False) as live:
+    from rich import console, live, text
+    screen = console.Console(file=stdout, force_jupyter=False)
+    with live.Live(console=screen, auto_refresh=False, redirect_stdout=False) as shown:
         for step in steps:
-            live.update(Text(printable(step.text)), refresh=True)
+            shown.update(text.Text(printable(step.text)), refresh=True)
     return step
 
 # %% ../nbs/14a_chat.ipynb #run_chat
@@ -104,7 +101,7 @@ def run_chat(chat: Chat, stdin: TextIO | None = None, stdout: TextIO | None = No
             stdout.write("(there are /reset and /quit)\n")
         elif not terminal:
             try:
-                said = question and printable(chat.ask(question))
+                said = printable(chat.ask(question) if question else "")
             except UserError as error:
                 raise UserError(f"line {number} of the questions: {error}") from None
             stdout.write(" ".join(said.splitlines()) + "\n")

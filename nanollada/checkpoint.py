@@ -27,8 +27,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        weights = {name: value.detach().contiguous() for name, value in tensors.items()}
-        save_file(weights, temporary, metadata={"format": "pt"})
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"format": "pt"})
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 

@@ -11,14 +11,13 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction
@@ -26,21 +25,16 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 import nanollada
 
 # %% ../nbs/90_cli.ipynb #say
-def _say(value: object) -> None:
+def _say(value: object, file: TextIO | None = None) -> None:
     "Print a text without control characters, or anything else as JSON."
     text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-    print(nanollada.core.printable(text), flush=True)
+    print(nanollada.core.printable(text), file=file, flush=True)
 
 
 def _refuse(wrong: object, message: str) -> None:
     "Raise `UserError` with a message if something is wrong."
     if wrong:
         raise nanollada.core.UserError(message)
-
-
-def _check(name: str, value: int, least: int, most: int) -> None:
-    "Raise `UserError` for a number that is out of bounds."
-    _refuse(not least <= value <= most, f"{name} is {value}; expected {least} to {most:,}")
 
 # %% ../nbs/90_cli.ipynb #Data
 @dataclass
@@ -62,8 +56,7 @@ class Data:
         names = ("train.jsonl", "valid.jsonl", "statistics.json")
         made = ", ".join(name for name in names if (self.out / name).exists())
         _refuse(made and not self.overwrite, f"{self.out}: holds {made}; --overwrite replaces them")
-        settings = {name: value for name, value in vars(self).items() if name != "overwrite"}
-        _say(nanollada.data.split_source(**settings))
+        _say(nanollada.data.split_source(**{k: v for k, v in vars(self).items() if k != "overwrite"}))
 
 # %% ../nbs/90_cli.ipynb #Tokenizer
 @dataclass
@@ -127,15 +120,15 @@ class Generate:
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
     def run(self, writing: Any) -> None:
-        _check("samples", self.samples, 1, 10_000)
+        nanollada.trainer.check_fields(self, samples=(1, 10_000))
         run = nanollada.backbone.load_run(self.folder, self.device)[:2]
-        texts = nanollada.fast.generate_text(run, [self.prompt] * self.samples, **asdict(writing))
+        texts = nanollada.fast.generate_text(run, [self.prompt] * self.samples, **vars(writing))
         self.say(texts, writing.temperature)
 
     def say(self, texts: list[str], temperature: float) -> None:
         "Print samples, with a line between them."
         if self.samples > 1 and not temperature:
-            print("note: at temperature 0 all samples are the same; try --temperature 0.8", file=sys.stderr)
+            _say("note: at temperature 0 all samples are the same; try --temperature 0.8", sys.stderr)
         for number, text in enumerate(texts, 1):
             rule = f"--- {number} of {self.samples} ---\n" if self.samples > 1 else ""
             _say(json.dumps({"prompt": self.prompt, "text": text}) if self.json else rule + text)
@@ -149,7 +142,7 @@ class Infill(Generate):
     seed: int = 0  # of the draws
 
     def run(self) -> None:
-        _check("samples", self.samples, 1, 256)
+        nanollada.trainer.check_fields(self, samples=(1, 256))
         model, tokenizer, _ = nanollada.backbone.load_run(self.folder, self.device)
         _refuse(model.cfg.objective == "ar", f"{self.folder} is an ar model, which cannot fill gaps")
         canvas = self.canvas(tokenizer, model.cfg.max_position_embeddings)
@@ -160,15 +153,14 @@ class Infill(Generate):
 
     def canvas(self, tokenizer: Any, room: int) -> list[int]:
         "The ids of a document with gaps; `UserError` if it has none, or does not fit the model."
-        text = self.prompt.replace(" <|mask|>", "<|mask|>")  # words bring their own space
-        _refuse("<|mask|>" not in text, f"no gap in {text!r}: write <|mask|> where words are missing")
-        _check("gap", self.gap, 1, room)
-        parts = (nanollada.tokenizer.encode(tokenizer, part) for part in text.split("<|mask|>"))
-        ids = [tokenizer.bos_token_id, *next(parts)]
-        for part in parts:
-            ids += [tokenizer.mask_token_id] * self.gap + part
-        _refuse(len(ids) >= room, f"{len(ids) + 1} tokens do not fit the context of {room}: shorten the text")
-        return [*ids, tokenizer.eos_token_id]
+        parts = re.split(r" ?<\|mask\|>", self.prompt)  # words bring their own space
+        _refuse(len(parts) < 2, f"no gap in {self.prompt!r}: write <|mask|> where words are missing")
+        nanollada.trainer.check_fields(self, gap=(1, room))
+        gap = [tokenizer.mask_token_id] * self.gap
+        ids = [token for part in nanollada.tokenizer.encode_batch(tokenizer, parts) for token in gap + part]
+        ids = [tokenizer.bos_token_id, *ids[len(gap) :], tokenizer.eos_token_id]  # none before the first part
+        _refuse(len(ids) > room, f"{len(ids)} tokens do not fit the context of {room}: shorten the text")
+        return ids
 
 # %% ../nbs/90_cli.ipynb #Chat
 @dataclass
@@ -181,8 +173,7 @@ class Chat:
     def run(self, writing: Any) -> None:
         model, tokenizer, info = nanollada.backbone.load_run(self.folder, self.device)
         if not nanollada.compare.is_chat(info):
-            note = f"note: {self.folder} was not fine-tuned on conversations: expect no answers"
-            print(nanollada.core.printable(note), file=sys.stderr)
+            _say(f"note: {self.folder} was not fine-tuned on conversations: expect no answers", sys.stderr)
         try:
             how = vars(nanollada.sft.with_canvas(writing, info))
             nanollada.chat.run_chat(nanollada.chat.Chat(model, tokenizer, self.system, **how))
@@ -230,68 +221,53 @@ class Eval:
     device: str | None = None  # cuda, mps, cpu; none: the best present
     json: Path | None = None  # also write the result here
 
+    def __post_init__(self) -> None:
+        nanollada.trainer.check_fields(self, limit=(1, 10**6), masks=(1, 10**4), samples=(0, 10**5))
+        samples, toy = self.samples, "toy" in (self.data, self.questions)
+        _refuse(not (self.data or self.questions or samples), "give --data, --questions or --samples")
+        _refuse(samples == 1, "samples is 1; expected at least 2, to compare them with one another")
+        _refuse(self.language and not toy, "--language is about --data toy or --questions toy")
+        _refuse(self.direction and self.questions != "toy", "--direction is about --questions toy")
+        _refuse(self.judge and not samples, "a judge without samples has nothing to judge: give --samples")
+
     def run(self, writing: Any) -> None:
-        _check_eval(self, writing.temperature)
-        texts, questions = _held_out(self)
-        run = nanollada.backbone.load_run(self.folder, self.device)
-        found = _measure(self, writing, run, texts, questions)
-        _say(found)
+        _refuse(self.samples and not writing.temperature, "samples at temperature 0 are all the same")
+        _say(found := _measure(self, writing))
         if self.json is not None:
             nanollada.core.write_json(self.json, found)
 
-# %% ../nbs/90_cli.ipynb #check_eval
-def _check_eval(asked: Eval, temperature: float) -> None:
-    "Raise `UserError` for what would measure nothing, before a model is opened."
-    for name, least, most in (("limit", 1, 10**6), ("masks", 1, 10**4), ("samples", 0, 10**5)):
-        _check(name, getattr(asked, name), least, most)
-    toy = "toy" in (asked.data, asked.questions)
-    _refuse(not (asked.data or asked.questions or asked.samples), "give --data, --questions or --samples")
-    _refuse(asked.samples == 1, "samples is 1; expected at least 2, to compare them with one another")
-    _refuse(asked.language and not toy, "--language is about --data toy or --questions toy")
-    _refuse(asked.direction and asked.questions != "toy", "--direction is about --questions toy")
-    _refuse(asked.samples and not temperature, "samples at temperature 0 are all the same")
-    _refuse(asked.judge and not asked.samples, "a judge without samples has nothing to judge: give --samples")
-
-
-def _held_out(asked: Eval) -> tuple[list, list]:
-    "Documents and questions to measure on: the validation part of a split, toy ones never seen, or a file's."
-    texts, questions, unseen = [], [], 1_000_003  # the seed
-    if asked.data == "toy":
-        texts = nanollada.toy.sample(asked.limit, unseen, asked.language)
-    elif asked.data:
-        texts = _documents(asked, "valid")
-    if asked.questions == "toy":
-        questions = nanollada.sft.toy_conversations(asked.limit, unseen, asked.language, asked.direction)
-    elif asked.questions:
-        part = Path(asked.questions) / "valid.jsonl"
-        found = nanollada.sft.read_conversations(part if part.is_file() else asked.questions)
-        questions = list(islice(found, asked.limit))
-        _refuse(not questions, f"{asked.questions}: no conversations in it; expected questions and answers")
-    return texts, questions
-
 # %% ../nbs/90_cli.ipynb #measure
-def _measure(asked: Eval, writing: Any, run: tuple, texts: list, questions: list) -> dict:
+def _measure(cfg: Eval, writing: Any) -> dict:
     "All that was asked of a run. Samples of one that learned the toy language are held to its grammar."
     from nanollada.compare import is_chat, score_questions, score_samples, score_text
-    model, tokenizer, info = run
-    _check("canvas", asked.canvas or 2, 2, model.cfg.max_position_embeddings)
-    _refuse(asked.samples and is_chat(info), f"{asked.folder} was fine-tuned to answer, not to begin")
-    _refuse(questions and not is_chat(info), f"{asked.folder} was not fine-tuned on conversations")
+    texts, questions, fresh = [], [], (cfg.limit, 1_000_003, cfg.language)  # the seed is of no training
+    if cfg.data:
+        texts = nanollada.toy.sample(*fresh) if cfg.data == "toy" else _documents(cfg, "valid")
+    if cfg.questions == "toy":
+        questions = nanollada.sft.toy_conversations(*fresh, cfg.direction)
+    elif cfg.questions:
+        part = Path(cfg.questions) / "valid.jsonl"
+        talks = nanollada.sft.read_conversations(part if part.is_file() else cfg.questions)
+        questions = list(islice(talks, cfg.limit))
+        _refuse(not questions, f"{cfg.questions}: no conversations in it; expected questions and answers")
+    model, tokenizer, info = nanollada.backbone.load_run(cfg.folder, cfg.device)
+    nanollada.trainer.check_fields(cfg, canvas=(2, model.cfg.max_position_embeddings))
+    _refuse(cfg.samples and is_chat(info), f"{cfg.folder} was fine-tuned to answer, not to begin")
+    _refuse(questions and not is_chat(info), f"{cfg.folder} was not fine-tuned on conversations")
     found = nanollada.core.machine_record(model.lm_head.weight.device) | {
-        "run": str(asked.folder), "objective": info["objective"], "seed": writing.seed,
-        "language": asked.language, "direction": asked.direction}
+        "run": str(cfg.folder), "objective": info["objective"], "seed": writing.seed,
+        "language": cfg.language, "direction": cfg.direction}
     if texts:
-        how = asked.masks, asked.canvas, asked.content_only, writing.seed
-        found |= score_text(model, tokenizer, texts, *how)
+        found |= score_text(model, tokenizer, texts, cfg.masks, cfg.canvas, cfg.content_only, writing.seed)
     if questions:
         how = nanollada.sft.with_canvas(writing, info)
         found["questions"] = score_questions(model, tokenizer, questions, how)
-    if asked.samples:
-        judge = nanollada.backbone.load_run(asked.judge, asked.device)[:2] if asked.judge else (None, None)
+    if cfg.samples:
+        judge = nanollada.backbone.load_run(cfg.judge, cfg.device)[:2] if cfg.judge else (None, None)
         learned = ((info["training"] or {}).get("pretrain") or {}).get("data")
-        language = asked.language if "toy" in (asked.data, learned) else False
-        found["samples"] = score_samples(model, tokenizer, asked.samples, writing, *judge, language)
-        found["samples"]["judge"] = str(asked.judge) if asked.judge else None
+        language = cfg.language if "toy" in (cfg.data, learned) else False
+        found["samples"] = score_samples(model, tokenizer, cfg.samples, writing, *judge, language)
+        found["samples"]["judge"] = cfg.judge and str(cfg.judge)
     return found
 
 # %% ../nbs/90_cli.ipynb #demo
@@ -312,37 +288,31 @@ VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more cla
     "pretrain": (pretrain, "pretrain:PretrainConfig"), "sft": (sft, "sft:SftConfig"),
     "generate": (Generate, "fast:WriteConfig"), "infill": (Infill,), "chat": (Chat, "fast:WriteConfig"),
     "compare": (Compare, "fast:WriteConfig"), "eval": (Eval, "fast:WriteConfig"),
-    "bench train": (bench, "bench:TrainBench"), "bench sample": (bench, "bench:SampleBench"),
-}
+    "bench train": (bench, "bench:TrainBench"), "bench sample": (bench, "bench:SampleBench")}
 
 # %% ../nbs/90_cli.ipynb #parse
-def _parse(verb: str, words: list[str]) -> list:
-    "The flags of a verb, an object for each class. Raises `UserError`, and `SystemExit` for what is no flag."
-    kinds = [kind for kind in VERBS[verb] if isinstance(kind, (str, type))]
+def _parse(words: list[str]) -> list:
+    "A verb's class or function, and its flags: an object for each class. `SystemExit` says what is no flag."
+    if re.search(r"[\ud800-\udfff]", "".join(words)):
+        raise SystemExit("the command line is not UTF-8: rename that file or folder")
+    verb = next((v for v in VERBS if words[: len(v.split())] == v.split()), None)
+    if verb is None:
+        raise SystemExit(f"there is no verb {' '.join(words[:2])!r}; expected one of {', '.join(VERBS)}")
+    what, kinds = VERBS[verb][0], [kind for kind in VERBS[verb] if isinstance(kind, (str, type))]
     kinds = [resolve_name(f"nanollada.{kind}") if isinstance(kind, str) else kind for kind in kinds]
     flags, box = make_dataclass("Flags", zip(("asked", "writing"), kinds)), io.StringIO()
     try:
         with redirect_stderr(box):
-            found = tyro.cli(flags, prog=f"nanollada {verb}", args=words, description=VERBS[verb][0].__doc__,
-                             config=(OmitArgPrefixes, FlagCreatePairsOff))
+            found = tyro.cli(flags, prog=f"nanollada {verb}", args=words[len(verb.split()) :],
+                             description=what.__doc__, config=(OmitArgPrefixes, FlagCreatePairsOff))
+        return [what, *vars(found).values()]
     except SystemExit as stop:
         cause = stop
         while cause is not None and not isinstance(cause, nanollada.core.UserError):
             cause = cause.__context__
-        raise cause or SystemExit(stop.code and _fail(_first_sentence(box.getvalue()), 2)) from None
-    return list(vars(found).values())
-
-
-def _first_sentence(box: str) -> str:
-    "What a box of tyro's says above its first rule."
-    text = " ".join(row.strip("│╭╮╰╯|+ ") for row in box.splitlines()[1:])
-    return next(part for part in re.split(r"[─-]{5,}|Got errors:", text) if part.strip())
-
-
-def _fail(reason: object, status: int) -> int:
-    "Say on one line of standard error what was wrong; the exit status."
-    print(f"nanollada: {nanollada.core.printable(' '.join(str(reason).split()))}", file=sys.stderr)
-    return status
+        said = " ".join(row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()[1:])
+        parts = filter(str.strip, re.split(r"[─-]{5,}|Got errors:", said))
+        raise cause or SystemExit(stop.code and next(parts)) from None
 
 # %% ../nbs/90_cli.ipynb #main
 def main(arguments: list[str] | None = None) -> int:
@@ -355,34 +325,21 @@ def main(arguments: list[str] | None = None) -> int:
         verbs = [f"  {verb:13} {what.__doc__}" for verb, (what, *_) in VERBS.items()]
         print("usage: nanollada VERB [flags]\n", *verbs, "\nnanollada VERB --help tells more.", sep="\n")
         return 2 if words in ([], ["bench"]) else 0
-    if re.search(r"[\ud800-\udfff]", "".join(words)):
-        return _fail("the command line is not UTF-8: rename that file or folder", 2)
-    verb = next((v for v in VERBS if words[: len(v.split())] == v.split()), None)
-    if verb is None:
-        return _fail(f"there is no verb {' '.join(words[:2])!r}; expected one of {', '.join(VERBS)}", 2)
-    return _run_verb(verb, words[len(verb.split()) :])
-
-
-def _run_verb(verb: str, words: list[str]) -> int:
-    "Read the flags and do it; the exit status."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        what = VERBS[verb][0]
-        getattr(what, "run", what)(*_parse(verb, words))
+        what, *flags = _parse(words)
+        getattr(what, "run", what)(*flags)
         return 0
     except (nanollada.core.UserError, OSError) as error:
-        return _fail(error, 1)
+        status, reason = 1, error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
             raise
-        return _fail("not enough memory: lower the batch, the length or the size of the model", 1)
+        status, reason = 1, "not enough memory: lower the batch, the length or the size of the model"
     except (KeyboardInterrupt, SystemExit) as stop:
-        status = getattr(stop, "code", 130)
-        if status not in (130, 128 + signal.SIGTERM):  # after its help, or what it could not read
-            return status
-        saved = "; --resume goes on from what was saved" * (verb in ("pretrain", "sft"))  # by the trainer
-        return _fail(f"stopped{saved}", status)
-
-
-if __name__ == "__main__" and "__file__" in globals():  # python -m nanollada.cli
-    sys.exit(main())
+        code = getattr(stop, "code", 130)  # a text: what could not be read
+        saved = "; --resume goes on from what was saved" * (words[0] in ("pretrain", "sft"))  # by the trainer
+        status, reason = (2, code) if isinstance(code, str) else (code, f"stopped{saved}")
+    if status:  # 0: after the help of a verb
+        _say(f"nanollada: {' '.join(str(reason).split())}", sys.stderr)
+    return status

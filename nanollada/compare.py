@@ -28,7 +28,7 @@ from .pretrain import score_documents
 from .sft import QUESTION_FIELDS, ChatFormat, exact_match, is_text, with_canvas
 from .sources import read_records
 from .tokenizer import Tokenizer, encode
-from .toy import Language, is_valid
+from .toy import Language, is_valid, nats
 from .viz import COLOURS, Figure, draw_order, save_figure
 
 # %% ../nbs/15_compare.ipynb #time_answer
@@ -39,12 +39,11 @@ def time_answer(model: Backbone, context: list[int], tokenizer: Tokenizer, cfg: 
         moments.append(time.perf_counter() - began)
         made.append(step.committed[0])
     (ids,) = trim_answers(step.ids.cpu(), tokenizer.eos_token_id, len(context))
-    order = (torch.stack(made).cpu() * torch.arange(1, len(made) + 1)[:, None]).sum(0)  # committed once each
     return {"text": tokenizer.decode(ids, skip_special_tokens=True), "tokens": len(ids),
             "forward_passes": step.nfe, "first_seconds": moments[0], "seconds": moments[-1],
             "tokens_per_second": len(ids) / moments[-1], "pass_seconds": moments,
             "pieces": [tokenizer.decode([token]) for token in ids],
-            "order": order[len(context) :][: len(ids)].tolist()}
+            "order": (torch.stack(made).int().argmax(0) + 1)[len(context) :][: len(ids)].tolist()}
 
 # %% ../nbs/15_compare.ipynb #context_ids
 def context_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
@@ -188,14 +187,12 @@ def distinct_n(texts: list, n: int) -> float:
 
 def repetition_rate(texts: list, n: int = 4) -> float:
     "Share of all n-grams that occurred before in the same text (seq-rep-n, Welleck et al. 2020), or nan."
-    own = [[(number, token) for token in text] for number, text in enumerate(texts)]  # no two share any
-    return 1 - distinct_n(own, n)
+    return 1 - distinct_n([[(number, token) for token in text] for number, text in enumerate(texts)], n)
 
 
 def unigram_entropy(texts: list) -> float:
     "Entropy of the frequencies of single tokens, all texts together, in nats per token; nan without tokens."
-    counts, total = Counter(token for text in texts for token in text), sum(map(len, texts))
-    return sum(k / total * math.log(total / k) for k in counts.values()) if total else math.nan
+    return nats(Counter(token for text in texts for token in text)) if any(texts) else math.nan
 
 # %% ../nbs/15_compare.ipynb #ratio_of
 def ratio_of(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
@@ -231,12 +228,12 @@ def score_text(model: Backbone, tokenizer: Tokenizer, texts: list[str], masks: i
     fitting = [text for text in texts if len(encode(tokenizer, text)) + 2 <= room]
     if not fitting:
         raise UserError(f"none of {len(texts)} documents fits {room} tokens")
-    nats, counts = score_documents(model, tokenizer, fitting, n_samples=masks, canvas=canvas,
-                                   score_end=not content_only, seed=seed)
-    (mean, error), total, whole = ratio_of(nats, counts), nats.sum(), "".join(fitting)
+    costs, counts = score_documents(model, tokenizer, fitting, n_samples=masks, canvas=canvas,
+                                    score_end=not content_only, seed=seed)
+    (mean, error), total, whole = ratio_of(costs, counts), costs.sum(), "".join(fitting)
     return _finite({
         "metric": "NLL" if is_ar else "NELBO", "nats_per_token": mean, "standard_error": error,
-        "nats_per_document": nats.mean().item(), "tokens": int(counts.sum()), "documents": len(fitting),
+        "nats_per_document": costs.mean().item(), "tokens": int(counts.sum()), "documents": len(fitting),
         "bits_per_character": bits_per_byte(total, len(whole)),
         "bits_per_byte": bits_per_byte(total, len(whole.encode())), "too_long": len(texts) - len(fitting),
         "masks": None if is_ar else masks, "canvas": canvas, "content_only": content_only})
@@ -254,10 +251,9 @@ def score_questions(model: Backbone, tokenizer: Tokenizer, talks: list, cfg: Wri
     return _finite(found)
 
 
-def score_samples(
-    model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig, judge: Backbone | None = None,
-    judge_tokenizer: Tokenizer | None = None, language: Language | bool = False
-) -> dict:
+def score_samples(model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig,
+                  judge: Backbone | None = None, judge_tokenizer: Tokenizer | None = None,
+                  language: Language | bool = False) -> dict:
     "What n new documents are like: variety, likelihood under a judge, grammar unless language is False."
     noise = make_generator(cfg.seed, "samples", device=model.lm_head.weight.device)
     rows = write_ids(model, [[tokenizer.bos_token_id]] * n, tokenizer, cfg, noise)

@@ -59,7 +59,7 @@ class DataConfig:
             raise UserError(f"valid_fraction is {self.valid_fraction}; expected a share between 0 and 1")
 
 # %% ../nbs/03_data.ipynb #open_source
-def open_source(source: "str | Path | DataConfig", **changes: object) -> Iterator[str]:
+def open_source(source: str | Path | DataConfig, **changes: object) -> Iterator[str]:
     "The documents of a source (with changes to other fields of `DataConfig`), from the beginning."
     cfg = _config(source, changes)
     documents = read_documents(cfg.data, cfg.field, cfg.skip_bad_lines, cfg.whole_files)
@@ -68,7 +68,7 @@ def open_source(source: "str | Path | DataConfig", **changes: object) -> Iterato
     return iter(sample(cfg.limit or 20_000, seed=0)) if cfg.named == "toy" else islice(documents, cfg.limit)
 
 
-def _config(source: "str | Path | DataConfig", changes: dict) -> DataConfig:
+def _config(source: str | Path | DataConfig, changes: dict) -> DataConfig:
     "A configuration with changes."
     return replace(source, **changes) if isinstance(source, DataConfig) else DataConfig(source, **changes)
 
@@ -106,7 +106,7 @@ def _write_parts(documents: Iterable[tuple[str, str]], out: Path) -> dict:
     return counts
 
 # %% ../nbs/03_data.ipynb #split_source
-def split_source(source: "str | Path | DataConfig", out: str | Path, **changes: object) -> dict:
+def split_source(source: str | Path | DataConfig, out: str | Path, **changes: object) -> dict:
     "Write `out`/train.jsonl and valid.jsonl, without duplicates; what was counted. Raises `UserError`."
     cfg, out = _config(source, changes), Path(out)
     if not cfg.named and out.resolve().is_relative_to(Path(cfg.data).resolve()):
@@ -164,8 +164,8 @@ def build_stream(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
             starts.write(counts["tokens"] + np.cumsum(lengths))
             counts.update(tokens=sum(lengths), documents=len(lengths))
         assert counts, "no documents"
-    made_by = {"tokenizer": tokenizer_fingerprint(tokenizer), "dtype": dtype, "eos_id": eos}
-    write_json(folder / "meta.json", {**made_by, **counts})
+    mark = tokenizer_fingerprint(tokenizer)
+    write_json(folder / "meta.json", {"tokenizer": mark, "dtype": dtype, "eos_id": eos, **counts})
     return TokenStream(folder)
 
 # %% ../nbs/03_data.ipynb #Windows
@@ -187,14 +187,12 @@ class Windows:
         rows, starts = np.asarray(indices, np.int64), np.asarray(self.stream.doc_starts)
         assert rows.size and 0 <= rows.min() and rows.max() < len(self), f"rows {rows[:8]} of {len(self)}"
         places = (rows * self.length if self.pack else starts[rows])[:, None] + np.arange(self.length)
+        ids = torch.from_numpy(self.stream.tokens.take(places, mode="clip").astype(np.int64))
         scored = (torch.arange(self.length) > 0).repeat(len(rows), 1)  # (B, L), as all the rest
-        if self.pack:
-            found = {"ids": torch.from_numpy(self.stream.tokens[places].astype(np.int64)), "scored": scored}
-        else:
-            real = places < starts[rows + 1][:, None]
-            tokens = self.stream.tokens.take(places, mode="clip")  # what lies beyond the document is replaced
-            ids = torch.from_numpy(np.where(real, tokens, np.int64(self.stream.meta["eos_id"])))
-            found = {"ids": ids, "scored": scored & torch.from_numpy(real), "maskable": scored}
+        found = {"ids": ids, "scored": scored}
+        if not self.pack:  # what lies beyond the document is replaced
+            real, eos = torch.from_numpy(places < starts[rows + 1][:, None]), self.stream.meta["eos_id"]
+            found = {"ids": ids.where(real, eos), "scored": scored & real, "maskable": scored}
         if self.document_mask:
             owner = np.searchsorted(starts, places, side="right")
             found["document_ids"] = torch.from_numpy(owner - owner[:, :1])
@@ -213,10 +211,10 @@ def toy_tokenizer(vocab_size: int = 2048) -> Tokenizer:
     asks = chain.from_iterable(ways.values() for each in (ENGLISH, CHINESE) for ways in each["asks"].values())
     asked = [piece for ask in asks for piece in re.split(slot_or_word, ask) if piece]
     pieces += 2 * [sorted(vocabulary("en")), asked, ["system", "user", "assistant"]]  # merges need two
-    return train_tokenizer((piece for part in pieces for piece in part), vocab_size)
+    return train_tokenizer(chain.from_iterable(pieces), vocab_size)
 
 # %% ../nbs/03_data.ipynb #prepare_data
-def prepare_data(source: "str | Path | DataConfig", **changes: object) -> tuple:
+def prepare_data(source: str | Path | DataConfig, **changes: object) -> tuple:
     "The training and the validation stream of a source, and their tokenizer; made once. Raises `UserError`."
     cfg = _config(source, changes)
     tokenizer = load_tokenizer(cfg.tokenizer) if isinstance(cfg.tokenizer, (str, Path)) else cfg.tokenizer

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 
 from . import toy
-from .backbone import load_run
+from .backbone import Backbone, load_run
 from .compare import distinct_n, grammatical_share
-from .core import UserError, by_budget, machine_record, pick_device, read_jsonl, write_json
+from .core import by_budget, machine_record, pick_device, read_jsonl, write_json
 from .data import toy_tokenizer
 from .fast import WriteConfig, write_ids, write_steps
 from .pretrain import PretrainConfig, pretrain, score_documents
-from .tokenizer import save_tokenizer
-from .trainer import TrainConfig
+from .tokenizer import Tokenizer, save_tokenizer
+from .trainer import TrainConfig, check_fields
 
 # %% ../nbs/80_demo.ipynb #ROW
 ROW = 58  # tokens in a row: one story, filled up with EOS
@@ -47,24 +47,21 @@ class DemoConfig:
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
     def __post_init__(self) -> None:
-        for name in ("ar_steps", "diffusion_steps", "from_ar_steps", "scored", "samples"):
-            if not 2 <= getattr(self, name) <= 10**6:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 2 to a million")
+        numbers = ("ar_steps", "diffusion_steps", "from_ar_steps", "scored", "samples")
+        check_fields(self, **dict.fromkeys(numbers, (2, 10**6)))
 
 # %% ../nbs/80_demo.ipynb #train_one
 def train_one(cfg: DemoConfig, name: str) -> dict[str, float]:
     "Train one of the three models into `out/name`; seconds and tokens per second."
     steps = dict(zip(KINDS, (cfg.ar_steps, cfg.diffusion_steps, cfg.from_ar_steps)))[name]
     learn = TrainConfig(
-        steps=steps, batch_size=16, learning_rate=4e-3, warmup_steps=min(40, steps // 4), optimizer="muon",
-        precision="no", decay_fraction=0.5, min_lr_ratio=0.02, save_every=steps, eval_every=-(-steps // 5),
-        log_every=-(-steps // 50), valid_rows=64, overwrite=True, seed=cfg.seed, progress=cfg.progress,
-        device=cfg.device)
+        steps=steps, batch_size=16, learning_rate=4e-3, optimizer="muon", precision="no", decay_fraction=0.5,
+        min_lr_ratio=0.02, save_every=steps, eval_every=-(-steps // 5), log_every=-(-steps // 50),
+        valid_rows=64, overwrite=True, seed=cfg.seed, progress=cfg.progress, device=cfg.device)
     result = pretrain(PretrainConfig(
         data="toy", out=cfg.out / name, objective="ar" if name == "ar" else "diffusion", preset="toy",
         tokenizer=str(cfg.out / "tokenizer"), init_from=cfg.out / "ar" if "from_ar" in name else None,
-        length=ROW, pack=False, random_length=0.0, limit=cfg.documents,
-        cache=cfg.out / "data", train=learn))
+        length=ROW, pack=False, random_length=0.0, limit=cfg.documents, cache=cfg.out / "data", train=learn))
     return {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
 
 # %% ../nbs/80_demo.ipynb #WRITING
@@ -72,9 +69,8 @@ WRITING = {"default": WriteConfig(gen_length=60, temperature=0.5)}
 WRITING["official"] = replace(WRITING["default"], fast=False, block_length=12, remasking="entropy")
 
 
-def write_stories(run: tuple, n: int, cfg: WriteConfig) -> dict:
+def write_stories(model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig) -> dict:
     "Let a model write stories, and judge what was timed."
-    model, tokenizer = run
     began = time.perf_counter()
     rows = write_ids(model, [[tokenizer.bos_token_id]] * n, tokenizer, cfg)
     seconds = time.perf_counter() - began
@@ -91,7 +87,7 @@ def measure(cfg: DemoConfig, name: str) -> dict:
     nats, counts = score_documents(model, tokenizer, texts, canvas=ROW, seed=cfg.seed)
     loss = {"per_document": nats.mean().item(), "per_token": (nats.sum() / counts.sum()).item(),
             "standard_error": (nats.std() / len(nats) ** 0.5).item()}
-    told = {way: write_stories((model, tokenizer), cfg.samples, replace(how, seed=cfg.seed))
+    told = {way: write_stories(model, tokenizer, cfg.samples, replace(how, seed=cfg.seed))
             for way, how in WRITING.items() if name != "ar" or way == "default"}
     return {"loss": loss, "tokens": counts.mean().item(), "told": told}
 
@@ -103,9 +99,8 @@ def make_report(measured: dict[str, dict], training: dict[str, dict]) -> dict:
     writing = {name: found["told"] for name, found in measured.items()}
     default = {key: {name: told["default"][key] for name, told in writing.items()}
                for key in ("grammatical_share", "tokens_per_second")}
-    settings = {way: asdict(how) for way, how in WRITING.items()}
-    told = {"training": training, "writing": writing, "settings": settings}
-    return {"entropy": entropy, **losses, **default, **told}
+    return {"entropy": entropy, **losses, **default, "training": training, "writing": writing,
+            "settings": {way: asdict(how) for way, how in WRITING.items()}}
 
 
 def report_table(report: dict) -> str:
@@ -128,9 +123,8 @@ def report_table(report: dict) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/80_demo.ipynb #film_story
-def film_story(run: tuple, cfg: WriteConfig) -> list[list[str | None]]:
+def film_story(model: Backbone, tokenizer: Tokenizer, cfg: WriteConfig) -> list[list[str | None]]:
     "The pieces of a story after each pass that writes it, None where it is masked, cut where it ends."
-    model, tokenizer = run
     steps = write_steps(model, [[tokenizer.bos_token_id]], tokenizer, cfg)
     canvases = [step.ids[0, 1:].tolist() for step in steps]
     end = [*canvases[-1], tokenizer.eos_token_id].index(tokenizer.eos_token_id)
@@ -149,7 +143,7 @@ def draw_report(cfg: DemoConfig, floor: float) -> None:
     for name in KINDS:
         save_loss_plot(cfg.out / name, floor)
     run = load_run(cfg.out / "diffusion_from_ar", cfg.device)[:2]
-    films = (film_story(run, replace(WRITING["default"], seed=seed)) for seed in range(100))
+    films = (film_story(*run, replace(WRITING["default"], seed=seed)) for seed in range(100))
     film = next(film for film in films if can_draw("".join(film[-1])))  # this machine has the letters
     save_gif(film, cfg.out / "unmasking.gif", columns=10)
 
@@ -162,7 +156,7 @@ def demo(cfg: DemoConfig | None = None) -> dict:
     report = machine_record(pick_device(cfg.device)) | {"seed": cfg.seed}
     report |= make_report({name: measure(cfg, name) for name in KINDS}, training)
     write_json(cfg.out / "report.json", report)
-    table = "# The demo's report\n\n" + report_table(report) + "\n"
-    (cfg.out / "report.md").write_text(table, encoding="utf-8")
+    text = f"# The demo's report\n\n{report_table(report)}\n"
+    (cfg.out / "report.md").write_text(text, encoding="utf-8")
     draw_report(cfg, report["entropy"]["per_token"])
     return report

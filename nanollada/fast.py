@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .backbone import Backbone, Denoiser, KVCache, Visibility, load_run
 from .core import UserError, make_generator
 from .guidance import trim_answers
-from .sampler import RULES, Policy, Step, finish, left_pad, prompt_canvas, write
+from .sampler import RULES, Policy, Step, finish, generate, left_pad, prompt_canvas, write
 from .tokenizer import Tokenizer, encode
 
 # %% ../nbs/13_fast.ipynb #Keeping
@@ -82,9 +82,8 @@ class CachedDenoiser(Keeping):
 
     def plan(self, lo: int, hi: int, fresh: bool) -> tuple[int, int, int]:
         "Which columns the next pass computes, from where to where, and where the canvas ends for it."
-        end = self.store.shape[4]
+        end, before, self.lo = self.store.shape[4], self.lo, lo
         seen = end if self.ahead is None else min(end, hi + self.ahead)
-        before, self.lo = self.lo, lo
         if self.refresh == "always" or (fresh and (self.refresh == "full" or before is None)):
             return 0, seen, seen
         start = before if fresh else lo  # masks that have only now come to exist have no keys and values yet
@@ -115,8 +114,7 @@ def by_factor(score: Tensor, policy: Policy) -> Tensor:
 def by_entropy(score: Tensor, policy: Policy) -> Tensor:
     "With remasking entropy: the surest whose entropies but the largest sum to at most `limit` (EB-Sampler)."
     entropy, order = (-score).sort(dim=1, stable=True)
-    fits = entropy.cumsum(1) - entropy <= policy.limit  # inf - inf is nan, and nan is not smaller
-    fits[:, 0] = True
+    fits = entropy.cumsum(1) - entropy <= policy.limit  # the first always; inf - inf is nan, not smaller
     return torch.zeros_like(fits).scatter(1, order, fits)
 
 
@@ -178,14 +176,11 @@ def writer(model: Backbone, fast: bool = True) -> Denoiser:
 
 
 def decode(model: Backbone, prompt: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
-           attention_mask: Tensor | None = None, generator: object = None, **changes: object) -> Tensor:
-    """Left-padded prompts (B, P), P >= 1, continued by an autoregressive model (B, P + max_new_tokens), with
-    generator and changes of `write`. Raises `UserError` for an empty prompt or a full context."""
-    denoiser = CausalDenoiser(model)
+           **settings: object) -> Tensor:
+    "As `generate`, by an autoregressive model. Raises `UserError` for an empty prompt or a full context."
     check_room(model, prompt.shape[-1], max_new_tokens)
-    canvas = prompt_canvas(prompt, denoiser.mask_id, max_new_tokens, attention_mask)
-    policy = Policy(block_length=1, temperature=temperature, **changes)
-    return finish(write(denoiser, policy=policy, generator=generator, **canvas))
+    settings |= {"gen_length": max_new_tokens, "block_length": 1, "temperature": temperature}
+    return generate(CausalDenoiser(model), prompt, **settings)
 
 
 def check_room(model: Backbone, prompt: int, new: int) -> None:
@@ -217,14 +212,12 @@ def write_ids(
 ) -> list[list[int]]:  # ids of each text, without its end
     "Write after each context, those of like lengths together. Raises `UserError` as `write_steps` does."
     generator = generator or make_generator(cfg.seed, "write", device=model.lm_head.weight.device)
-    order, texts = sorted(range(len(contexts)), key=lambda n: len(contexts[n])), [[]] * len(contexts)
+    order, texts = sorted(range(len(contexts)), key=lambda n: len(contexts[n])), []
     for start in tqdm(range(0, len(order), batch_size), "writing", delay=3, leave=False, disable=None):
         part = [contexts[n] for n in order[start : start + batch_size]]
         ids = finish(write_steps(model, part, tokenizer, cfg, generator)).cpu()
-        found = trim_answers(ids, tokenizer.eos_token_id, max(map(len, part)))
-        for n, text in zip(order[start : start + batch_size], found):
-            texts[n] = text
-    return texts
+        texts += trim_answers(ids, tokenizer.eos_token_id, max(map(len, part)))
+    return [text for _, text in sorted(zip(order, texts))]
 
 # %% ../nbs/13_fast.ipynb #generate_text
 def generate_text(
@@ -238,5 +231,5 @@ def generate_text(
     prompts = [prompts] if isinstance(prompts, str) else prompts
     contexts = [[tokenizer.bos_token_id, *encode(tokenizer, prompt)] for prompt in prompts]
     found = write_ids(model, contexts, tokenizer, WriteConfig(**settings))
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
     return [min((text.partition(end)[0] for end in stop), key=len, default=text) for text in texts]

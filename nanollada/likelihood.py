@@ -8,14 +8,15 @@ __all__ = ['Ids', 'Estimate', 'Likelihoods', 'log_likelihood_batch', 'log_likeli
 
 # %% ../nbs/12_likelihood.ipynb #imports
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .backbone import Denoiser, as_denoiser
+from .backbone import as_denoiser
 from .core import UserError
 from .elbo import AnyDenoiser, masked_ce, mean_and_error, nelbo_replicates
 from .sampler import GuidedDenoiser, generate
@@ -26,12 +27,10 @@ Ids = Tensor | Sequence[int]
 
 def _ids(name: str, value: Ids, mask_id: int, least: int) -> Tensor:
     "One row of ids as int64 (L,), on the CPU. Raises `UserError` for anything else."
-    ids = torch.as_tensor(value).cpu()
-    ids = ids if ids.numel() else torch.zeros(0, dtype=torch.long)
+    ids = torch.as_tensor(value, dtype=None if len(value) else torch.long).cpu()
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or len(ids) < least:
         raise UserError(f"{name} is {ids.dtype} {[*ids.shape]}; expected one row of integer ids (>= {least})")
-    wrong = (ids == mask_id) | (ids < 0)
-    if wrong.any():
+    if (wrong := (ids == mask_id) | (ids < 0)).any():
         i = int(wrong.nonzero()[0])
         raise UserError(f"{name} contains {ids[i]} at position {i}; mask ({mask_id}) and labels are no text")
     return ids.long()
@@ -41,15 +40,13 @@ def _pack(prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int) -> dict[
     "Pairs as rows (N, W), padded on the right: ids, the answer as `maskable`, and what is `real`."
     if len(prompts) != len(answers) or not len(answers):
         raise UserError(f"{len(prompts)} prompts for {len(answers)} answers; expected equally many, not none")
-    start = torch.tensor([[len(prompt)] for prompt in prompts])
-    end = start + torch.tensor([[len(answer)] for answer in answers])
-    ids = [_ids(f"{name} {i}", value, mask_id, least) for i, pair in enumerate(zip(prompts, answers))
-           for name, value, least in zip(("prompt", "answer"), pair, (0, 1))]
-    position = torch.arange(int(end.max()))
-    real, maskable = position < end, (position >= start) & (position < end)
-    ids = torch.zeros_like(real, dtype=torch.long).masked_scatter(real, torch.cat(ids))
-    rows, device = {"ids": ids, "real": real, "maskable": maskable}, getattr(answers[0], "device", "cpu")
-    return {name: value.to(device) for name, value in rows.items()}
+    pairs = [(_ids(f"prompt {i}", prompt, mask_id, 0), _ids(f"answer {i}", answer, mask_id, 1))
+             for i, (prompt, answer) in enumerate(zip(prompts, answers))]
+    start, end = torch.tensor([[len(p), len(p) + len(a)] for p, a in pairs]).T[..., None]  # (N, 1) each
+    ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
+    position = torch.arange(ids.shape[1])
+    rows = {"ids": ids, "real": position < end, "maskable": (position >= start) & (position < end)}
+    return {name: value.to(getattr(answers[0], "device", "cpu")) for name, value in rows.items()}
 
 # %% ../nbs/12_likelihood.ipynb #Estimate
 class Estimate(NamedTuple):
@@ -73,15 +70,14 @@ class Likelihoods:
     def __getitem__(self, i: int) -> Estimate:
         return Estimate(float(self.mean[i]), float(self.standard_error[i]))
 
-# %% ../nbs/12_likelihood.ipynb #guided
-def _guided(denoiser: Denoiser, cfg_scale: float) -> Callable[..., Denoiser]:
-    "The denoiser for a batch: as it is, or with all but the answer dropped in the unconditional half."
-    return lambda batch: GuidedDenoiser(denoiser, ~batch["maskable"], cfg_scale) if cfg_scale else denoiser
-
-
-def _score(denoiser: Denoiser, rows: dict[str, Tensor], cfg_scale: float, *settings: object) -> Likelihoods:
-    "Estimates for packed pairs; `settings` are those of `nelbo_replicates`, from `n_samples` on."
-    nats, exact = nelbo_replicates(_guided(denoiser, cfg_scale), rows, denoiser.mask_id, *settings)
+# %% ../nbs/12_likelihood.ipynb #score
+def _score(denoiser: AnyDenoiser, prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int | None,
+           cfg_scale: float, *settings: object) -> Likelihoods:
+    "Estimates for pairs; `settings` are those of `nelbo_replicates`, from `n_samples` on."
+    denoiser = as_denoiser(denoiser, mask_id)
+    nats, exact = nelbo_replicates(  # unguided, all but the answer is dropped
+        lambda batch: GuidedDenoiser(denoiser, ~batch["maskable"], cfg_scale) if cfg_scale else denoiser,
+        _pack(prompts, answers, denoiser.mask_id), denoiser.mask_id, *settings)
     return Likelihoods(-nats, exact)
 
 
@@ -93,9 +89,7 @@ def log_likelihood_batch(
     batch_size: int = 64, generator: torch.Generator | None = None,  # twice as many rows under guidance
 ) -> Likelihoods:  # N estimates; indexing gives (mean, standard_error)
     "Estimate log p(answer | prompt) of many pairs by LLaDA Eq. 6. Raises `UserError` on bad input."
-    denoiser = as_denoiser(denoiser, mask_id)
-    rows = _pack(prompts, answers, denoiser.mask_id)
-    return _score(denoiser, rows, cfg_scale, n_samples, batch_size, generator)
+    return _score(denoiser, prompts, answers, mask_id, cfg_scale, n_samples, batch_size, generator)
 
 
 def log_likelihood(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
@@ -125,8 +119,7 @@ class ChoiceScores:
         "The lead of the best choice over the second best; within two error bars it may be chance."
         if len(self.units) < 2:
             raise UserError("a single choice has no margin; give at least two")
-        first, second = self.scores.argsort(descending=True, stable=True)[:2].tolist()
-        return self.difference(first, second)
+        return self.difference(*self.scores.argsort(descending=True, stable=True)[:2].tolist())
 
 # %% ../nbs/12_likelihood.ipynb #score_choices
 def score_choices(
@@ -136,13 +129,12 @@ def score_choices(
     generator: torch.Generator | None = None,
 ) -> ChoiceScores:  # .best, .scores, .margin, .difference(a, b)
     "Score each choice as the answer to `prompt` (LLaDA Eq. 6), all of them with the same masks."
-    denoiser = as_denoiser(denoiser, mask_id)
-    rows = _pack([prompt] * len(choices), choices, denoiser.mask_id)
     known = {"none": [1] * len(choices), "tokens": [len(choice) for choice in choices]}
     sizes = known.get(normalize, ()) if isinstance(normalize, str) else list(normalize)
-    if len(sizes) != len(choices) or min(sizes) < 1:
+    if len(sizes) != len(choices) or any(size < 1 for size in sizes):
         raise UserError(f"normalize is {normalize!r}; expected none, tokens or {len(choices)} sizes above 0")
-    found = _score(denoiser, rows, cfg_scale, n_samples, 64, generator, True)  # with shared masks
+    prompts, shared = [prompt] * len(choices), True
+    found = _score(denoiser, prompts, choices, mask_id, cfg_scale, n_samples, 64, generator, shared)
     return ChoiceScores(found, torch.tensor(sizes, dtype=torch.float64))
 
 # %% ../nbs/12_likelihood.ipynb #chain_rule_log_likelihood
@@ -152,17 +144,17 @@ def chain_rule_log_likelihood(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, m
                               batch_size: int = 64) -> float:
     "Log p of filling in `answer` one token at a time, in `order` or left to right (SMDM, chain rule)."
     denoiser = as_denoiser(denoiser, mask_id)
-    row = _pack([prompt], [answer], denoiser.mask_id)
-    ids, start, L = row["ids"], len(prompt), len(answer)
-    order = list(range(L)) if order is None else list(order)
+    row, L = _pack([prompt], [answer], denoiser.mask_id), len(answer)
+    guided = GuidedDenoiser(denoiser, ~row["maskable"], cfg_scale) if cfg_scale else denoiser
+    ids, order = row["ids"], list(range(L) if order is None else order)
     if sorted(order) != list(range(L)):
         raise UserError(f"order is {order}; expected each of 0..{L - 1} once")
-    turn = torch.tensor([-1] * start + torch.tensor(order).argsort().tolist(), device=ids.device)
+    turn = torch.tensor([-1] * len(prompt) + torch.tensor(order).argsort().tolist(), device=ids.device)
     total = 0.0
     for step in torch.arange(L, device=ids.device)[:, None].split(batch_size):
-        rows = {"ids": ids.expand(len(step), -1), "maskable": row["maskable"], "mask": turn == step}
-        rows["xt"] = torch.where(turn >= step, denoiser.mask_id, ids)
-        total -= float(masked_ce(_guided(denoiser, cfg_scale)(rows), rows).double().sum())
+        xt = torch.where(turn >= step, denoiser.mask_id, ids)
+        batch = {"ids": ids.expand(len(step), -1), "xt": xt, "mask": turn == step}
+        total -= float(masked_ce(guided, batch).double().sum())
     if math.isnan(total):
         raise UserError("the model's logits contain NaN or +inf: check its weights and precision")
     return total

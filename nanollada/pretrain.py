@@ -29,9 +29,8 @@ from .trainer import TrainConfig, TrainResult, check_fields, train
 # %% ../nbs/09_pretrain.ipynb #make_objective
 def make_objective(cfg: BackboneConfig, per: str = "token", by: str = "level") -> Objective:
     "What a model learns; `per`: what counts the same; `by`: diffusion draws a level, or how many to hide."
-    if cfg.objective == "ar":
-        return Autoregressive(per)
-    return MaskedDiffusion(cfg.mask_token_id, cfg.shift, by=by, per=per)
+    return (Autoregressive(per) if cfg.objective == "ar"
+            else MaskedDiffusion(cfg.mask_token_id, cfg.shift, by=by, per=per))
 
 # %% ../nbs/09_pretrain.ipynb #cross
 def cross(ar: Backbone, shift: bool = True, mask_row: str = "random", seed: int = 0) -> Backbone:
@@ -100,11 +99,9 @@ def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
 def open_rows(cfg: PretrainConfig) -> tuple[Windows, Windows, Tokenizer]:
     "Training rows, validation rows and tokenizer, from the cache if they were made before."
     data = DataConfig(**{each.name: getattr(cfg, each.name) for each in fields(DataConfig)})
-    data.tokenizer = cfg.tokenizer or (cfg.init_from and str(cfg.init_from))
-    *streams, tokenizer = prepare_data(data)
-    learn, judge = (Windows(stream, cfg.length, cfg.pack, share, cfg.document_mask)
-                    for stream, share in zip(streams, (cfg.random_length, 0.0)))
-    return learn, judge, tokenizer
+    *streams, tokenizer = prepare_data(data, tokenizer=cfg.tokenizer or cfg.init_from and str(cfg.init_from))
+    shares = zip(streams, (cfg.random_length, 0.0))
+    return *(Windows(s, cfg.length, cfg.pack, share, cfg.document_mask) for s, share in shares), tokenizer
 
 
 def pretrain(cfg: PretrainConfig) -> TrainResult:
@@ -112,13 +109,11 @@ def pretrain(cfg: PretrainConfig) -> TrainResult:
     with open_processes(cfg.train.device).main_process_first():  # the others find the data made
         learn, judge, tokenizer = open_rows(cfg)
     model, tokens = start_model(cfg, tokenizer), learn.stream.tokens
-    record = {each.name: getattr(cfg, each.name) for each in fields(cfg)}
-    record = {name: str(value) if isinstance(value, Path) else value for name, value in record.items()
-              if name not in ("train", "out", "cache")}  # `train` writes its own settings
+    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items()
+              if name not in ("train", "out", "cache", "named")}  # `train` writes its own settings
     text = f"{len(tokens)} tokens, {hashlib.blake2b(tokens[:2**20].tobytes(), digest_size=8).hexdigest()}"
-    fixed = {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)}
     names = ("objective", "length", "pack", "document_mask", "random_length", "shift")
-    fixed |= {name: record[name] for name in names}
+    fixed = {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)} | {k: record[k] for k in names}
     return train(model, make_objective(model.cfg), learn, cfg.train, judge, cfg.out,
                  lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
                  {"pretrain": record, "fixed": fixed})

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['CONFIDENCE_RULES', 'RANDOM_RULES', 'RULES', 'NOTHING', 'num_transfer_tokens', 'choose_tokens', 'confidence',
            'most_confident', 'Policy', 'Step', 'blocks_of', 'unfinished', 'opened', 'Writing', 'noise', 'forbid',
-           'draw', 'score', 'close_at_eos', 'by_threshold', 'choose', 'turns', 'passes', 'advance', 'record', 'write',
-           'GuidedDenoiser', 'prompt_canvas', 'left_pad', 'finish', 'generate']
+           'draw', 'score', 'close_at_eos', 'by_threshold', 'turns', 'passes', 'advance', 'write', 'GuidedDenoiser',
+           'prompt_canvas', 'left_pad', 'finish', 'generate']
 
 # %% ../nbs/10_sampler.ipynb #imports
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,8 +152,8 @@ class Writing:
         self.policy, self.mask_id, self.real, self.generator = policy, denoiser.mask_id, real, generator
         self.known, self.maskable, self.nfe = maskable, maskable.to(canvas.device), 0
         self.todo, self.ids = self.maskable, canvas.masked_fill(self.maskable, self.mask_id)
-        self.last, self.same = canvas.clone(), torch.zeros_like(canvas[:, :1])  # proposals; how long the same
-        self.grid, self.banned = torch.arange(canvas.numel()).view(canvas.shape), None
+        self.last, self.same = self.ids, 0  # proposals of the last pass; for how many they stayed
+        self.grid = torch.arange(canvas.numel()).view(canvas.shape)
         self.denoiser = opened(denoiser, self.ids, real)
         self.focus, on_host = getattr(self.denoiser, "focus", None), canvas.device.type == "cpu"
         self.blind = not on_host and (policy.commit, policy.eos_id, policy.patience) == ("quota", None, None)
@@ -162,7 +161,7 @@ class Writing:
 
     def look(self, lo: int, asked: Tensor) -> bool:
         "Turn to the places (B, n) from column lo on that are asked for; whether there are any."
-        self.lo, self.hi, self.asked, self.counts = lo, lo + asked.shape[1], asked, asked.sum(1).tolist()
+        self.lo, self.hi, self.counts = lo, lo + asked.shape[1], asked.sum(1).tolist()
         self.places = self.grid[:, lo : self.hi].masked_select(asked)
         return len(self.places) > 0
 
@@ -181,10 +180,9 @@ def noise(w: Writing, width: int) -> Tensor:
 # %% ../nbs/10_sampler.ipynb #forbid
 def forbid(w: Writing, logits: Tensor) -> Tensor:
     "The logits, but -inf for MASK and `suppress_tokens`; ids outside the vocabulary are ignored."
-    if w.banned is None:
-        ids = [w.mask_id] * w.policy.subs + [*w.policy.suppress_tokens]
-        w.banned = w.here(torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], dtype=torch.long))
-    return logits.index_fill(-1, w.banned, -math.inf) if len(w.banned) else logits
+    ids = [w.mask_id] * w.policy.subs + [*w.policy.suppress_tokens]
+    banned = torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], dtype=torch.long)
+    return logits.index_fill(-1, w.here(banned), -math.inf) if len(banned) else logits
 
 
 def draw(w: Writing, logits: Tensor) -> Tensor:
@@ -211,10 +209,7 @@ def score(w: Writing, logits: Tensor, tokens: Tensor) -> Tensor:
 # %% ../nbs/10_sampler.ipynb #close_at_eos
 def close_at_eos(ids: Tensor, todo: Tensor, maskable: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
     "Ids and todo with EOS after the first EOS of each row in which all before that is committed."
-    ends = maskable & ~todo & (ids == eos_id)
-    if ids.device.type == "cpu" and not ends.any():
-        return ids, todo
-    ended = ends.cumsum(1) > 0  # from the first EOS on
+    ended = (maskable & ~todo & (ids == eos_id)).cumsum(1) > 0  # from the first EOS on
     tail = maskable & ended & ~(todo & ~ended).any(1, keepdim=True)  # unless something is open before it
     return ids.masked_fill(tail, eos_id), todo & ~tail
 
@@ -223,18 +218,9 @@ def by_threshold(score: Tensor, policy: Policy) -> Tensor:
     "All proposals of at least the probability `limit`, and always the best one (Fast-dLLM, §3.3)."
     return (score >= policy.limit).scatter(1, score.argmax(1, keepdim=True), True)
 
-
-def choose(policy: Policy, score: Tensor, quota: Tensor | None) -> Tensor:
-    "Bool (B, n): what the policy commits, never what is closed (-inf) or comes from NaN."
-    if score.shape[1] == 1:
-        return score > -math.inf
-    if quota is not None:
-        return most_confident(score, quota.to(score.device))
-    return policy.commit(score, policy) & (score > -math.inf)
-
 # %% ../nbs/10_sampler.ipynb #turns
 def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    "The passes over a block: what is due (B, n), and how many of each row (B,); a rule goes on to the end."
+    "The passes over a block: what is due (B, n), and how many of each row (B,); None: all, or by a rule."
     if w.policy.commit != "quota":
         while (w.known[:, lo : lo + inside.shape[1]] & inside).any():
             yield inside, None
@@ -243,7 +229,7 @@ def turns(w: Writing, lo: int, inside: Tensor, steps: int) -> Iterator[tuple[Ten
         time = (noise(w, 1)[:, 0].cpu().double() * min(steps, 2**24)).floor()
         when = torch.full(inside.shape, -1.0, dtype=time.dtype).masked_scatter(inside, time)
         for now in time.unique().tolist():
-            yield when == now, (when == now).sum(1)
+            yield when == now, None
     elif inside.shape[1] == 1:
         yield inside, None
     else:
@@ -265,43 +251,35 @@ def passes(w: Writing, blocks: list[tuple[int, int, Tensor]], steps: int) -> Ite
 
 
 def advance(w: Writing, block: int, quota: Tensor | None, fresh: bool) -> Step:
-    "One forward pass over the places that `look` has turned to."
+    "One forward pass over the places that `look` has turned to. Raises `UserError` if it writes nothing."
     if w.focus:
         w.focus(w.lo, w.hi, [row for row, n in enumerate(w.counts) if n], fresh)
-    places, asked, before = w.here(w.places), w.here(w.asked), w.todo
+    policy, places, before, after = w.policy, w.here(w.places), w.todo, w.todo.clone()
     logits = forbid(w, w.denoiser.at(w.ids, places, w.real))
     tokens = draw(w, logits)
     wanted = score(w, logits, tokens)
-    size, full = asked.shape, len(places) == asked.numel()
-    proposed = tokens.view(size) if full else tokens.new_zeros(size).masked_scatter_(asked, tokens)
-    table = wanted.view(size) if full else wanted.new_full(size, -math.inf).masked_scatter_(asked, wanted)
-    if w.blind:  # then the host may ask for more than is open
-        table = table.masked_fill(~before[:, w.lo : w.hi], -math.inf)
-    commit = choose(w.policy, table, quota)
-    if w.policy.patience is not None:
-        same = ((proposed == w.last[:, w.lo : w.hi]) | ~asked).all(1, keepdim=True)  # as in the pass before
-        w.same = torch.where(same, w.same + 1, 0) * (not fresh)
-        w.last[:, w.lo : w.hi] = proposed
-        commit |= (w.same >= w.policy.patience) & (table > -math.inf)
-    after = record(w, proposed, commit)
-    known = w.policy.remasking == "low_confidence" and not w.policy.suppress_confidence and w.hi - w.lo > 1
-    return Step(w.ids, w.nfe, block, before, after, places, tokens, wanted if known else logits)
-
-# %% ../nbs/10_sampler.ipynb #record
-def record(w: Writing, proposed: Tensor, commit: Tensor) -> Tensor:
-    "Write what is committed; what is to do (B, L) after it. Raises `UserError` if that is nothing."
-    w.ids, after, w.nfe = w.ids.clone(), w.todo.clone(), w.nfe + 1
-    w.ids[:, w.lo : w.hi] = torch.where(commit, proposed, w.ids[:, w.lo : w.hi])
+    proposed = w.ids.flatten().scatter(0, places, tokens).view_as(before)  # (B, L)
+    table = wanted.new_full((before.numel(),), -math.inf).scatter_(0, places, wanted).view_as(before)
+    table = table.masked_fill_(~before, -math.inf)[:, w.lo : w.hi]  # blind, the host asks for closed ones
+    commit = table > -math.inf  # never what is closed, or comes from NaN
+    if quota is not None:
+        commit = most_confident(table, quota.to(table.device))
+    elif callable(policy.commit) and w.hi - w.lo > 1:
+        commit &= policy.commit(table, policy)
+    if policy.patience is not None:
+        same = (proposed == w.last).all(1, keepdim=True)  # as in the pass before
+        w.last, w.same = proposed, torch.where(same, w.same + 1, 0) * (not fresh)
+        commit |= (w.same >= policy.patience) & (table > -math.inf)
     after[:, w.lo : w.hi].masked_fill_(commit, False)
-    w.todo = after
-    if w.policy.eos_id is not None:
-        w.ids, w.todo = close_at_eos(w.ids, after, w.maskable, w.policy.eos_id)
+    w.ids, w.todo, w.nfe = torch.where(after == before, w.ids, proposed), after, w.nfe + 1
+    if policy.eos_id is not None:
+        w.ids, w.todo = close_at_eos(w.ids, after, w.maskable, policy.eos_id)
     if not w.blind:
-        w.known = unfinished(w.todo)
-        left = (w.known[:, w.lo : w.hi] & w.asked).sum(1).tolist()
-        if any(n >= count > 0 for n, count in zip(left, w.counts)):
+        known, w.known = w.known, unfinished(w.todo)
+        if torch.equal(known, w.known):
             raise UserError(NOTHING)
-    return after
+    known = policy.remasking == "low_confidence" and not policy.suppress_confidence and w.hi - w.lo > 1
+    return Step(w.ids, w.nfe, block, before, after, places, tokens, wanted if known else logits)
 
 # %% ../nbs/10_sampler.ipynb #write
 def write(denoiser: Denoiser | Callable[..., Tensor], canvas: Tensor, policy: Policy | None = None, *,
@@ -351,10 +329,10 @@ class GuidedDenoiser(Denoiser):
         return torch.where((c == u) | u.isneginf(), c, u + (self.scale + 1) * (c - u))
 
     def open(self, ids: Tensor, attention_mask: Tensor | None = None) -> "GuidedDenoiser":
-        other, twice = copy(self), lambda rows: [*rows, *(len(ids) + row for row in rows)]
-        other.denoiser = inner = opened(self.denoiser, *self.both(ids, attention_mask))
+        inner, n = opened(self.denoiser, *self.both(ids, attention_mask)), len(ids)
+        other = GuidedDenoiser(inner, self.drop, self.scale)
         if hasattr(inner, "focus"):
-            other.focus = lambda lo, hi, rows, fresh: inner.focus(lo, hi, twice(rows), fresh)
+            other.focus = lambda lo, hi, rows, fresh: inner.focus(lo, hi, rows + [n + i for i in rows], fresh)
         return other
 
 # %% ../nbs/10_sampler.ipynb #prompt_canvas-more

@@ -48,6 +48,7 @@ class Conversation(NamedTuple):
 ROLES = ("system", "user", "assistant")
 QUESTION_FIELDS = ("prompt", "instruction", "question")
 ANSWER_FIELDS = ("response", "output", "answer", "target")
+Encoded = tuple[list[tuple[array, array]], float]  # a conversation as pairs of context and answer; its rank
 
 
 def turns_of(record: object) -> object:
@@ -65,8 +66,8 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and value.encode(errors="ignore").decode() == value
 
 
-def check_turns(turns: object, training: bool = True) -> None:
-    "Raise `UserError` unless these are turns in which somebody asks and, for training, somebody answers."
+def check_turns(turns: object, training: bool = True) -> list[dict[str, str]]:
+    "The turns, if in them somebody asks and, for training, somebody answers. Raises `UserError` otherwise."
     if not isinstance(turns, list) or not turns:
         raise UserError(f"the turns are {str(turns)[:40]!r}; expected messages, or a question and an answer")
     for number, turn in enumerate(turns, 1):
@@ -77,13 +78,14 @@ def check_turns(turns: object, training: bool = True) -> None:
     roles = [turn["role"] for turn in turns]
     if "user" not in roles or (training and "assistant" not in roles[roles.index("user") :]):
         raise UserError(f"the roles are {', '.join(roles)}; expected user{', then assistant' * training}")
+    return turns
 
 
 def read_conversations(source: str | Path, skip_bad: bool = False) -> Iterator[Conversation]:
     "The conversations of a .jsonl file. An unusable one is a `UserError` or, to be skipped, has no turns."
     for place, record in filter(lambda found: found[1] != "", read_records(source)):
         try:
-            check_turns(turns := turns_of(record))
+            turns = check_turns(turns_of(record))
             yield Conversation(turns, place, held_out_rank(str(turns)))
         except UserError as error:
             if not skip_bad:
@@ -183,22 +185,18 @@ def fit_context(form: ChatFormat, said: list[tuple], room: int) -> tuple[list[in
             return ids, len(said) - len(kept)
     return None
 
-# %% ../nbs/14_sft.ipynb #Encoded
-Encoded = tuple[list[tuple[array, array]], float]  # pairs of context and answer; rank of the conversation
-
-
+# %% ../nbs/14_sft.ipynb #encode_pairs
 def encode_pairs(conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int,
                  skip_bad: bool = False) -> tuple[list[Encoded], Counter]:
-    "All pairs of at most so many tokens, and counts; an answer too long is a `UserError`, or skipped."
+    "A pair for each answer to a user's turn, and counts; one too long for a row is a `UserError` or skipped."
     form, talks, counts, end = ChatFormat(tokenizer), [], Counter(), tokenizer.eos_token_id
     rest = iter(tqdm(conversations, "conversations", delay=3, leave=False, disable=None))
     while chunk := list(islice(rest, 1000)):
         said = iter(form.encode([turn for talk in chunk for turn in talk.turns]))
         for talk in chunk:
             turns = list(islice(said, len(talk.turns)))
-            replies = [(n, [*ids, end]) for n, ((before, _), (role, ids)) in enumerate(pairwise(turns), 1)
-                       if (before, role) == ("user", "assistant")]  # others are only seen by later answers
-            found = [(fit_context(form, turns[:n], length - len(reply)), reply) for n, reply in replies]
+            found = [(fit_context(form, turns[:n], length - len(ids) - 1), [*ids, end]) for n, (role, ids)
+                     in enumerate(turns) if n and (turns[n - 1][0], role) == ("user", "assistant")]
             pairs = [(array("i", context[0]), array("i", reply)) for context, reply in found if context]
             counts.update(pairs=len(pairs), too_long=len(found) - len(pairs), unusable=int(not talk.turns),
                           turns_dropped=sum(context[1] for context, _ in found if context))
@@ -225,9 +223,8 @@ class SftRows:
         "Rows of these conversations; the shortest first, so that micro-batches hold rows of like length."
         rows = []
         draws = torch.rand(len(indices), 2, generator=generator or make_generator(0, "rows")).tolist()
-        for index, (u, v) in zip(indices.tolist(), draws):  # u draws the pair, v how many buckets to spare
-            pairs = self.talks[index][0]
-            context, reply = pairs[int(u * len(pairs))]
+        for (pairs, _), (u, v) in zip((self.talks[n] for n in indices.tolist()), draws):
+            context, reply = pairs[int(u * len(pairs))]  # u draws the pair, v how many buckets to spare
             buckets = -(-len(reply) // self.bucket) + int(v * (self.spare + 1))
             eos = min(buckets * self.bucket, self.length - len(context)) - len(reply)
             rows.append((len(context), [*context, *reply, *[self.tokenizer.eos_token_id] * eos]))
@@ -290,7 +287,7 @@ def with_canvas(cfg: WriteConfig, info: dict) -> WriteConfig:
     "Settings with the canvas of the run's fine-tuning, where they name none; `info` is of `load_run`."
     record = (info["training"] or {}).get("sft")
     wanted = record.get("gen_length") if isinstance(record, dict) else None
-    return replace(cfg, gen_length=wanted) if cfg.gen_length is None else cfg
+    return replace(cfg, gen_length=cfg.gen_length or wanted)
 
 # %% ../nbs/14_sft.ipynb #sft
 def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
@@ -310,20 +307,17 @@ def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
     facts = {"train": len(rows), "valid": len(valid), **counts}
     content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
     record = {"sft": {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas},
-              "fixed": {"length": cfg.length, **filling, "content": content, "valid_rows": len(valid)}}
-    objective = make_objective(model.cfg, per="row", by="count")
-    return train(model, objective, rows, cfg.train, valid if held else None, cfg.out,
-                 lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
-                 record | {"statistics": facts}), facts
+              "fixed": {"length": cfg.length, **filling, "content": content}, "statistics": facts}
+    return train(model, make_objective(model.cfg, per="row", by="count"), rows, cfg.train, valid, cfg.out,
+                 lambda run, folder, weights=None: save_run(run, tokenizer, folder, weights), record), facts
 
 # %% ../nbs/14_sft.ipynb #answer
 def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list], **settings: object) -> list[str]:
     "Answer questions or conversations, with these fields of `WriteConfig`. `UserError` for bad or long ones."
     form, cfg = ChatFormat(tokenizer), WriteConfig(**settings)
     talks = [[{"role": "user", "content": turns}] if isinstance(turns, str) else turns for turns in asked]
-    for turns in talks:
-        check_turns(turns, training=False)
-    found = write_ids(model, [form.context(form.encode(turns)) for turns in talks], tokenizer, cfg)
+    contexts = [form.context(form.encode(check_turns(turns, training=False))) for turns in talks]
+    found = write_ids(model, contexts, tokenizer, cfg)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 

@@ -14,8 +14,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
 
 from .core import UserError, read_json
@@ -30,34 +30,30 @@ def source_files(source: str | Path) -> list[Path]:
     if not os.path.lexists(path):
         raise UserError(f"{source}: no such file or folder; named sources are toy, poetry, minimind")
     saved = any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json"))
-    suffixes, files = (".arrow",) if saved else (".jsonl", ".txt"), [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in suffixes and not file.is_dir()]
-    for file in files or [path]:
-        if not file.is_file() or file.suffix not in suffixes:
-            raise UserError(f"{file}: expected a regular {' or '.join(suffixes)} file, or a folder of them")
+    suffixes = (".arrow",) if saved else (".jsonl", ".txt")
+    files = [one for one in sorted(path.rglob("*")) if one.suffix in suffixes and not one.is_dir()] or [path]
+    if odd := [file for file in files if not file.is_file() or file.suffix not in suffixes]:
+        raise UserError(f"{odd[0]}: expected a regular {' or '.join(suffixes)} file, or a folder of them")
     return files
 
 
-def _rows(source: str) -> Iterator[tuple[str, dict]]:
+def _rows(source: str, saved: bool) -> Iterable[dict]:
     "Rows of a saved data set, or of a hub data set's training split. Raises `UserError`."
     import datasets
-    path = Path(source).expanduser()
     try:
-        if not path.is_dir():
+        if not saved:
             fetch_from_hub(source, ["README.md"], "dataset")  # says no at once; load_dataset tries for 30 s
-        rows = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(source)
-        rows = rows["train"] if isinstance(rows, dict) else rows
+        rows = datasets.load_from_disk(os.path.expanduser(source)) if saved else datasets.load_dataset(source)
+        return rows["train"] if isinstance(rows, dict) else rows
     except Exception as error:
         raise UserError(f"{source}: no file, folder or data set with a split 'train' ({error})") from None
-    return ((f"{source}:row {number}", row) for number, row in enumerate(rows))
 
 # %% ../nbs/97_sources.ipynb #read_records
 def read_records(source: str | Path, whole_files: bool = False) -> Iterator[tuple[str, object]]:
     "Each record's place (file:line) with its text, JSON value or row, or the `UserError` of a bad line."
     files = source_files(source)
     if not files or files[0].suffix == ".arrow":
-        yield from _rows(str(source))
+        yield from ((f"{source}:row {n}", row) for n, row in enumerate(_rows(str(source), saved=bool(files))))
         return
     for file in files:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as opened:
@@ -140,14 +136,13 @@ def fetch_minimind(file: str = "pretrain_hq.jsonl") -> Path:
 def fetch_poetry() -> Path:
     "The folder with poet.tang.*.json and poet.song.*.json: the cache's, or fetched by npm."
     folder, command = cache_dir() / "poetry", "npm pack chinese-poetry@2.0.1 --silent"
-    if any(folder.glob("poet.*.json")):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            subprocess.run(command.split(), cwd=scratch, check=True, capture_output=True, timeout=1200)
-            shutil.unpack_archive(Path(scratch) / "chinese-poetry-2.0.1.tgz", scratch, filter="data")
-            os.replace(Path(scratch) / "package" / "dist" / "quantangshi", folder)
+        if not any(folder.glob("poet.*.json")):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                subprocess.run(command.split(), cwd=scratch, check=True, capture_output=True, timeout=1200)
+                shutil.unpack_archive(Path(scratch) / "chinese-poetry-2.0.1.tgz", scratch, filter="data")
+                os.replace(Path(scratch) / "package" / "dist" / "quantangshi", folder)
     except (OSError, subprocess.SubprocessError) as error:
         if not any(folder.glob("poet.*.json")):  # else another process was faster
             by_hand = f"run `{command}` elsewhere, put its dist/quantangshi/ into {folder}"
@@ -158,10 +153,9 @@ def fetch_poetry() -> Path:
 def read_poems(dynasty: str | None = None, min_chars: int = 1, max_chars: int = 10**9) -> Iterator[dict]:
     "About 312,000 classical poems, or those of one dynasty (tang, song): title, author, dynasty and text."
     for name in [dynasty] if dynasty else ["tang", "song"]:
-        files = fetch_poetry().glob(f"poet.{name}.*.json")
-        for file in sorted(files, key=lambda file: int(file.name.split(".")[2])):
-            for poem in read_json(file, list):
-                text = "\n".join(poem["paragraphs"])
-                if min_chars <= len(text) <= max_chars:
-                    title, author = poem.get("title") or "", poem.get("author") or ""
-                    yield {"title": title, "author": author, "dynasty": name, "text": text}
+        files = sorted(fetch_poetry().glob(f"poet.{name}.*.json"), key=lambda file: int(file.suffixes[1][1:]))
+        for poem in chain.from_iterable(read_json(file, list) for file in files):
+            text = "\n".join(poem["paragraphs"])
+            if min_chars <= len(text) <= max_chars:
+                title, author = poem.get("title") or "", poem.get("author") or ""
+                yield {"title": title, "author": author, "dynasty": name, "text": text}

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_fields', 'TrainConfig', 'lr_at', 'parameter_groups', 'make_optimizers', 'epoch_order', 'rows_of_step',
-           'draw_update', 'split_batch', 'Learner', 'take_update', 'valid_batches', 'measure', 'mean_and_error',
-           'keep_record', 'log', 'Training', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend', 'train']
+           'draw_update', 'split_batch', 'Learner', 'valid_batches', 'measure', 'mean_and_error', 'keep_record', 'log',
+           'Training', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend', 'train']
 
 # %% ../nbs/08_trainer.ipynb #imports
-import atexit
 import math
 import signal
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args, get_origin
@@ -28,8 +27,8 @@ from tqdm import tqdm
 
 from .ar import Batch, Objective, with_places
 from .checkpoint import cut_metrics, latest_state, load_state, lock_folder, save_state
-from .core import UserError, append_jsonl, make_generator, pick_precision, write_json
-from .processes import (apply_gradients, combine, full_state, is_sharded, leave_group, open_folder,
+from .core import UserError, append_jsonl, machine_record, make_generator, pick_precision, write_json
+from .processes import (apply_gradients, combine, full_state, is_sharded, open_folder,
     open_processes, peak_flops, put_state, scene, shapes_of, spread, to_device, update_flops)
 
 # %% ../nbs/08_trainer.ipynb #check_fields
@@ -80,20 +79,15 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise UserError("resume is True; expected resume or overwrite: they exclude each other")
 
-
-_FREE = {"micro_batch_size", "precision", "compile", "recompute", "log_every", "save_every", "progress",
-         "device", "steps", "time_budget", "resume", "overwrite"}  # may change when a run is resumed
-
 # %% ../nbs/08_trainer.ipynb #lr_at
 def lr_at(step: int, cfg: TrainConfig, elapsed: float = 0.0) -> float:
     "Learning rate of an update: a rise over 50 (or a quarter of all), then the schedule (`wsd`: LLaDA §2.2)."
     warmup = min(50, cfg.steps // 4) if cfg.warmup_steps is None else cfg.warmup_steps
     done = min(1.0, max(step / cfg.steps, elapsed / (cfg.time_budget or math.inf)))
-    start = min(warmup / cfg.steps, 1 - 1e-9)
+    start, rise = min(warmup / cfg.steps, 1 - 1e-9), min(1.0, (step + 1) / max(1, warmup))
     left = {"constant": 1.0, "wsd": min(1.0, (1 - done) / cfg.decay_fraction),  # 1, in the end 0
             "cosine": (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2}[cfg.schedule]
-    highest = cfg.learning_rate * min(1.0, (step + 1) / max(1, warmup))
-    return highest * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+    return cfg.learning_rate * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
 
 # %% ../nbs/08_trainer.ipynb #parameter_groups
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -112,8 +106,7 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opti
     if not any(groups.values()):
         raise UserError("the model has no trainable parameters: unfreeze some (requires_grad_)")
     hidden = groups.pop("hidden") if cfg.optimizer == "muon" else []
-    decay = {"hidden": cfg.weight_decay, "matrix": cfg.weight_decay, "plain": 0.0}
-    sets = [{"params": some, "weight_decay": decay[kind]} for kind, some in groups.items() if some]
+    sets = [{"params": p, "weight_decay": cfg.weight_decay * (k != "plain")} for k, p in groups.items() if p]
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     adamw = [torch.optim.AdamW(sets, cfg.learning_rate, (0.9, 0.95), fused=fused)] if sets else []
     return adamw + ([torch.optim.Muon(hidden, cfg.learning_rate, cfg.weight_decay,
@@ -135,9 +128,8 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
 
 def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int) -> Batch:
     "The batch of an update, noise and all: a function of the seed and of its number."
-    generator = make_generator(cfg.seed, "noise", step)
-    chosen = rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), generator)
-    return objective.noise(chosen, generator)
+    draws = make_generator(cfg.seed, "noise", step)
+    return objective.noise(rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), draws), draws)
 
 # %% ../nbs/08_trainer.ipynb #split_batch
 def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -147,7 +139,7 @@ def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list
 
 # %% ../nbs/08_trainer.ipynb #Learner
 class Learner:
-    "A model, what it learns, from which rows, and its optimizers; `take_update` uses them."
+    "A model, what it learns, from which rows, and its optimizers."
     def __init__(self, model: nn.Module, objective: Objective, rows: object, cfg: TrainConfig):
         self.model, self.objective, self.rows, self.cfg = model, objective, rows, cfg
         state = self.state = open_processes(cfg.device)
@@ -162,49 +154,42 @@ class Learner:
         mixed = self.precision == "bf16" and torch.autocast(self.device.type, torch.bfloat16)(terms)
         self.terms, self.optimizers = spread(model, mixed or terms, state), make_optimizers(model, cfg)
         self.step, self.empty, self.rate, self.seconds = 0, 0, 0.0, 0.0
-        self.open_window()
-
-    def open_window(self) -> None:
-        "Begin to sum anew: sums stay on the device until they are logged, so that adding never waits for it."
-        self.window, self.since = Counter(), time.perf_counter()
+        self.window = Counter(since=time.perf_counter())  # sums: on the device until they are logged
 
     def backward(self, piece: Batch, scale: float, last: bool = True) -> None:
         "Add the gradient of some rows; the processes exchange theirs with the last piece."
-        piece, waits = to_device(piece, self.device), hasattr(self.terms, "no_sync") and not last
-        with self.terms.no_sync() if waits else nullcontext():
-            nats, _ = self.terms(piece)
-            (nats.sum() * scale).backward()
+        piece, self.terms.require_backward_grad_sync = to_device(piece, self.device), last  # a flag of DDP
+        nats, _ = self.terms(piece)
+        (nats.sum() * scale).backward()
         levels = getattr(self.objective, "levels", lambda *_: ())(nats, piece)
         sums = torch.cat([part.float() for part in (nats.detach().sum()[None], *levels)])
         self.window.update(sums=sums, flops=update_flops(self.model, piece, self.objective.name == "ar"))
 
-# %% ../nbs/08_trainer.ipynb #take_update
-def take_update(run: Learner) -> None:
-    "Draw the batch, add up its gradient, use it. `UserError` if again and again nothing is left to learn."
-    torch.manual_seed(make_generator(run.cfg.seed, "dropout", run.step, run.rank).initial_seed())
-    batch = draw_update(run.objective, run.rows, run.cfg, run.step)
-    pieces, count = split_batch(batch, run.micro, run.rank, run.world), batch["count"].sum().item()
-    run.empty = 0 if count else run.empty + 1
-    if run.empty == 20:
-        raise UserError(f"20 updates in a row, up to {run.step}, had nothing to learn: no token counts")
-    for number, piece in enumerate(pieces, 1):
-        run.backward(piece, run.world / max(count, 1e-12), last=number == len(pieces))
-    run.rate = lr_at(run.step, run.cfg, run.seconds)
-    norm = apply_gradients(run.model, run.optimizers, run.rate, run.cfg.clip)
-    run.window.update(norm=norm, count=count, tokens=batch["ids"].numel(), updates=1)
-    run.step += 1
+    def update(self) -> None:
+        "Draw a batch, add up its gradient, use it. `UserError` if again and again nothing is left to learn."
+        torch.manual_seed(make_generator(self.cfg.seed, "dropout", self.step, self.rank).initial_seed())
+        batch = draw_update(self.objective, self.rows, self.cfg, self.step)
+        pieces, count = split_batch(batch, self.micro, self.rank, self.world), batch["count"].sum().item()
+        self.empty = 0 if count else self.empty + 1
+        if self.empty == 20:
+            raise UserError(f"20 updates in a row, up to {self.step}, had nothing to learn: no token counts")
+        for piece in pieces:
+            self.backward(piece, self.world / max(count, 1e-12), last=piece is pieces[-1])
+        self.rate = lr_at(self.step, self.cfg, self.seconds)
+        norm = apply_gradients(self.model, self.optimizers, self.rate, self.cfg.clip)
+        self.window.update(norm=norm, count=count, tokens=batch["ids"].numel(), updates=1)
+        self.step += 1
 
 # %% ../nbs/08_trainer.ipynb #valid_batches
 def valid_batches(rows: object, objective: Objective, most: int = 256) -> Iterator[Batch]:
     "Noisy batches of up to 32 of the first rows with their numbers (`row`), the same at every call."
     n = min(len(rows), most)
-    for draw in range(math.ceil(256 / n)):
-        for numbers in torch.arange(n).split(32):
-            generator = make_generator(0, "validation", draw, int(numbers[0]))
-            batch = objective.noise(rows.batch(numbers, generator), generator)
-            if draw and "t" not in batch:
-                return  # there is no noise: once is enough
-            yield batch | {"row": numbers}
+    for draw, numbers in product(range(math.ceil(256 / n)), torch.arange(n).split(32)):
+        generator = make_generator(0, "validation", draw, int(numbers[0]))
+        batch = objective.noise(rows.batch(numbers, generator), generator)
+        if draw and "t" not in batch:
+            return  # there is no noise: once is enough
+        yield batch | {"row": numbers}
 
 
 @torch.no_grad()
@@ -213,10 +198,9 @@ def measure(run: Learner, rows: object) -> Tensor:
     table = torch.zeros(2, min(len(rows), run.cfg.valid_rows), device=run.device)
     pieces = (p for b in valid_batches(rows, run.objective, len(table[0])) for p in split_batch(b, run.micro))
     run.model.eval()
-    while turn := list(islice(pieces, run.world)):
-        mine = min(run.rank, len(turn) - 1)  # sharded processes must all compute, if only to repeat
-        part = to_device(turn[mine], run.device)
-        table.index_add_(1, part["row"], torch.stack(run.terms(part)).float(), alpha=float(mine == run.rank))
+    while turn := list(islice(pieces, run.world)):  # sharded processes must all compute, if only to repeat
+        part, new = to_device(turn[run.rank % len(turn)], run.device), run.rank < len(turn)
+        table.index_add_(1, part["row"], torch.stack(run.terms(part)).float(), alpha=float(new))
     run.model.train()
     return combine(run.state, table).cpu().double()
 
@@ -244,51 +228,45 @@ def keep_record(run: Any, record: dict) -> None:
 
 
 def log(run: Any) -> None:
-    "Close the logging window: one record. This waits for the device."
-    window, seconds = run.window, max(time.perf_counter() - run.since, 1e-9)
-    run.open_window()
+    "One record of the logging window. This waits for the device."
+    window, seconds = run.window, max(time.perf_counter() - run.window["since"], 1e-9)
     if not window["count"]:
         return
-    nats, *levels = combine(run.state, window["sums"]).tolist()
+    (nats, *bands), n = combine(run.state, window["sums"]).tolist(), len(window["sums"]) // 2
     record = {"step": run.step, "split": "train", "loss": nats / window["count"], "lr": run.rate,
               "grad_norm": float(window["norm"]) / window["updates"],
               "tokens_per_second": window["tokens"] / seconds}
-    n = len(levels) // 2  # noise levels: the cross-entropy of each, then how many tokens it is of
-    for i in range(n):
-        record[f"ce_{100 * i // n}_{100 * (i + 1) // n}"] = levels[i] / max(1.0, levels[n + i])
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "no GPU"
-    if peak := peak_flops(device, run.precision):
+    record |= {f"ce_{100 * i // n}_{100 * (i + 1) // n}": bands[i] / max(1.0, bands[n + i]) for i in range(n)}
+    if peak := peak_flops(machine_record(run.device)["machine"], run.precision):
         record["mfu"] = window["flops"] / seconds / peak
     run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
     keep_record(run, record)
 
-# %% ../nbs/08_trainer.ipynb #STAND
-_STAND = ("step", "best", "best_nats", "saved", "seconds", "settings")  # where a run stands
-
-
+# %% ../nbs/08_trainer.ipynb #Training
 class Training(Learner):
     "A learner with a record and a folder: `update`, `validate` and `save`, by hand or by `train`."
-    update = take_update
+    stand = ("step", "best", "best_nats", "saved", "seconds", "settings")  # where a run stands
+    free = {"micro_batch_size", "precision", "compile", "recompute", "log_every", "save_every", "progress",
+            "device", "steps", "time_budget", "resume", "overwrite"}  # may change when a run is resumed
 
     def __init__(self, model, objective, rows, cfg, valid=None, out=None, save=None, info=None):
         super().__init__(model, objective, rows, cfg)
-        self.valid = valid if valid is not None and len(valid) else None
+        self.valid = valid or None
         self.out, self.write_model, self.info = None if out is None else Path(out), save, info or {}
         self.writes = out is not None and self.state.is_main_process
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
         self.history, self.best, self.best_nats, self.saved, self.shown = [], None, None, None, {}
-        self.bar, self.started, self.asked = tqdm(disable=True), time.perf_counter(), 0
-        self.settings = {name: value for name, value in asdict(cfg).items() if name not in _FREE}
+        self.bar, self.started = tqdm(disable=True), time.perf_counter()
+        self.settings = {name: value for name, value in asdict(cfg).items() if name not in self.free}
         self.settings |= {"n_train": len(rows), "n_valid": len(self.valid or ())} | self.info.get("fixed", {})
 
     def validate(self) -> bool:
         "Measure, record, and say whether these weights are to be kept."
         table = measure(self, self.valid)
-        loss, error = mean_and_error(table)
-        found = {"step": self.step, "loss": loss, "standard_error": error}
+        found = {"step": self.step} | dict(zip(("loss", "standard_error"), mean_and_error(table)))
         keep_record(self, {"split": "valid"} | found)
-        if self.best is None or loss < self.best["loss"]:
+        if self.best is None or found["loss"] < self.best["loss"]:
             self.best, self.best_nats = found, table[0].tolist()
         gap, luck = mean_and_error(torch.stack([table[0] - torch.tensor(self.best_nats).double(), table[1]]))
         return self.best is found or gap < luck
@@ -299,7 +277,7 @@ class Training(Learner):
         self.saved = self.step if chosen else self.saved
         weights, memory = full_state(self.model, self.optimizers)
         if self.writes:
-            save_state(self.out / "state", self.step, weights, memory, {k: getattr(self, k) for k in _STAND})
+            save_state(self.out / "state", self.step, weights, memory, {k: vars(self)[k] for k in self.stand})
             if chosen and self.write_model is not None:
                 self.write_model(self.model, self.out, *([weights] if is_sharded() else []))
             self.describe()
@@ -316,7 +294,7 @@ def restore(run: Training, checkpoint: Path | None) -> None:
     weights, memory, record = load_state(checkpoint, shapes_of(run.model)) if checkpoint else ({}, {}, None)
     if checkpoint:
         then, now = record.get("settings"), run.settings
-        if not isinstance(then, dict) or not record.keys() >= set(_STAND):
+        if not isinstance(then, dict) or not record.keys() >= set(run.stand):
             raise UserError(f"{checkpoint}: trainer.json is damaged; start anew, overwriting the run")
         if differ := [f"{k} was {then[k]!r} and is {now[k]!r}" for k in now if then.get(k, now[k]) != now[k]]:
             raise UserError(f"{checkpoint} cannot be resumed with other settings: {'; '.join(differ)}. "
@@ -325,7 +303,7 @@ def restore(run: Training, checkpoint: Path | None) -> None:
     [record] = broadcast_object_list([record])
     if record is not None:
         put_state(run.model, run.optimizers, weights, memory)
-        vars(run).update({name: record[name] for name in _STAND})
+        vars(run).update({name: record[name] for name in run.stand})
 
 # %% ../nbs/08_trainer.ipynb #warm_up
 def warm_up(run: Training) -> None:
@@ -361,22 +339,20 @@ def why_stop(run: Training) -> str | None:
 
 def attend(run: Training, received: list[int]) -> None:
     "Look at the clock and for signals; log, validate and save when due; leave if a signal asked for it."
-    clock = time.perf_counter() - run.started if run.rank == 0 else 0.0  # all go by the main process's
-    notes = torch.tensor([clock, received[0] if received else 0], dtype=torch.float64)
-    run.seconds, run.asked = combine(run.state, notes, "MAX").tolist()  # and stop if any of them must
+    notes = torch.tensor([time.perf_counter() - run.started, received[0] if received else 0], dtype=float)
+    run.seconds, asked = combine(run.state, notes, "MAX").tolist()  # one clock for all, and one signal
     run.bar.update((min(run.seconds, run.bar.total) if run.cfg.time_budget else run.step) - run.bar.n)
     over = why_stop(run) is not None
     evaluate = run.valid is not None and (over or run.step % run.cfg.eval_every == 0)
-    save = over or run.asked or run.step % run.cfg.save_every == 0
+    save = over or asked or run.step % run.cfg.save_every == 0
     if evaluate or save or run.step == 1 or run.step % run.cfg.log_every == 0:
         log(run)
-    chosen = evaluate and run.validate()
-    if run.out is not None and (save or chosen):
-        run.save(chosen)
-    if evaluate or save:
-        run.open_window()  # their time is not training time
-    if run.asked:
-        raise KeyboardInterrupt if run.asked == signal.SIGINT else SystemExit(128 + int(run.asked))
+        chosen = evaluate and run.validate()
+        if run.out is not None and (save or chosen):
+            run.save(chosen)
+        run.window = Counter(since=time.perf_counter())  # the time of all this is not training time
+    if asked:
+        raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(128 + int(asked))
 
 # %% ../nbs/08_trainer.ipynb #train
 def train(
@@ -390,7 +366,6 @@ def train(
     "Minimise a loss; the folder gets the latest weights within an error of the lowest one. `UserError`."
     if cfg.resume and out is None:
         raise UserError("resume needs the folder of the run in `out`")
-    atexit.unregister(leave_group)  # a process that fails must not wait for the others
     run = Training(model, objective, rows, cfg, valid, out, save, info)
     with lock_folder(run.out) if run.writes else nullcontext(), scene(run) as asked:
         restore(run, open_folder(run.out, cfg.resume, cfg.overwrite) if run.writes else None)
@@ -398,14 +373,11 @@ def train(
             run.describe()
         if why_stop(run) is None and (run.device.type == "cuda" or cfg.compile is True):
             warm_up(run)
-        if run.saved is not None and run.saved == run.step:
+        if run.saved == run.step:
             run.save(chosen=True)  # it may have been stopped between the checkpoint and the model
-        run.started = time.perf_counter() - run.seconds
-        run.open_window()
+        run.started, run.window = time.perf_counter() - run.seconds, Counter(since=time.perf_counter())
         while why_stop(run) is None:
             run.update()
             attend(run, asked)
-    run.state.wait_for_everyone()
-    atexit.register(leave_group)
     speed = median([r["tokens_per_second"] for r in run.history if r["split"] == "train"] or [0.0])
     return TrainResult(run.history, run.best, run.saved, run.step, run.seconds, speed, why_stop(run))

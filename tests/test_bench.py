@@ -52,6 +52,15 @@ def test_ours_is_not_compiled_and_ours_compiled_is():
     assert [name for name, value in compiled.items() if value is not False] == ["ours_compiled"] and compiled["ours_compiled"] is True
 
 
+def test_what_is_measured_is_compiled_or_recomputes_as_it_says(monkeypatch):
+    seen, validate = [], module.Training.validate
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "asked", True))
+    monkeypatch.setattr(module.Training, "validate", lambda self: seen.append(
+        (hasattr(self.model.model, "asked"), self.model.model.recompute)) or validate(self))
+    list(bench_train(replace(SMALL, variants=("ours", "ours_compiled", "ours_recompute"), objectives=("ar",))))
+    assert seen == [(False, False), (True, False), (False, True)]
+
+
 def test_a_machine_that_cannot_compile_leaves_that_out_and_says_why(monkeypatch):
     real = module.Training.update
 

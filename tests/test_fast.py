@@ -362,6 +362,7 @@ def test_generate_text(runs, objective):
     letter = next(letter for letter in texts[0] if letter.strip())
     cut = generate_text(runs[objective], TEXTS, stop=[letter, "no such text"], gen_length=20)
     assert cut == [text.partition(letter)[0] for text in texts]
+    assert generate_text(runs[objective], []) == []
 
 
 @pytest.mark.parametrize("cfg", [

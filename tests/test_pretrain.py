@@ -124,7 +124,7 @@ def test_resume_is_exact_also_of_a_moved_folder(folder, monkeypatch):
 def command(*arguments, launcher=(), **environment):
     "`nanollada` with these arguments, perhaps launched several times."
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
-    return subprocess.run([sys.executable, *launcher, "-m", "nanollada.cli", *map(str, arguments)], env=env,
+    return subprocess.run([sys.executable, *launcher, "-m", "nanollada", *map(str, arguments)], env=env,
                           capture_output=True, text=True, timeout=200)
 
 

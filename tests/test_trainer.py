@@ -741,8 +741,8 @@ def test_compile_is_rehearsed_before_the_clock_and_undone(monkeypatch):
             return self.model(ids)
     calls = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: calls.append((self, dynamic)))
-    monkeypatch.setattr(trainer.Training, "update", lambda run: shapes.append(list(model.seen)) or trainer.take_update(run))
-    model, shapes = Wrapped(), []
+    model, shapes, update = Wrapped(), [], Training.update
+    monkeypatch.setattr(Training, "update", lambda run: shapes.append(list(model.seen)) or update(run))
     plain = deepcopy(model)
     go(model, replace(CONFIG, steps=4, compile=True))
     assert calls == [(model.model, True)] and model.model._compiled_call_impl is None
