@@ -101,7 +101,7 @@ COMMITS = [Policy(block_length=4, commit=by_threshold, limit=0.9, patience=2, eo
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("policy", COMMITS, ids=str)
+@pytest.mark.parametrize("policy", COMMITS, ids=range(len(COMMITS)))
 @pytest.mark.parametrize("shift", [False, True])
 def test_the_cached_writer_asks_once_a_pass(asked, policy, shift, padded):
     model = model_on_meta(shift=shift).eval()
