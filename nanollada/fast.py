@@ -75,7 +75,7 @@ class CachedDenoiser(Keeping):
     refusal = "the model is autoregressive; expected a diffusion model, or CausalDenoiser"
 
     def __init__(self, model: Backbone, refresh: Literal["near", "full", "always"] = "near",
-                 ahead: int | None = 32):
+                 ahead: int | None = 64):
         "A new block: computed with the one before, or all. `ahead` masks behind it exist for it; None: all."
         super().__init__(model)
         self.refresh, self.ahead = refresh, ahead
