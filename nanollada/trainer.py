@@ -79,12 +79,16 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise UserError("resume is True; expected resume or overwrite: they exclude each other")
 
+    def done(self, step: int, elapsed: float = 0.0) -> float:
+        "The share of a run that is over, by the count of updates or by the clock."
+        return min(1.0, max(step / self.steps, elapsed / (self.time_budget or math.inf)))
+
 # %% ../nbs/08_trainer.ipynb #lr_at
 def lr_at(step: int, cfg: TrainConfig, elapsed: float = 0.0) -> float:
     "Learning rate of an update: a rise over 50 (or a quarter of all), then the schedule (`wsd`: LLaDA §2.2)."
     warmup = min(50, cfg.steps // 4) if cfg.warmup_steps is None else cfg.warmup_steps
-    done = min(1.0, max(step / cfg.steps, elapsed / (cfg.time_budget or math.inf)))
-    start, rise = min(warmup / cfg.steps, 1 - 1e-9), min(1.0, (step + 1) / max(1, warmup))
+    done, rise = cfg.done(step, elapsed), min(1.0, (step + 1) / max(1, warmup))
+    start = min(warmup / cfg.steps, 1 - 1e-9)
     left = {"constant": 1.0, "wsd": min(1.0, (1 - done) / cfg.decay_fraction),  # 1, in the end 0
             "cosine": (1 + math.cos(math.pi * max(0.0, done - start) / (1 - start))) / 2}[cfg.schedule]
     return cfg.learning_rate * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
@@ -168,7 +172,8 @@ class Learner:
     def update(self) -> None:
         "Draw a batch, add up its gradient, use it. `UserError` if again and again nothing is left to learn."
         torch.manual_seed(make_generator(self.cfg.seed, "dropout", self.step, self.rank).initial_seed())
-        batch = draw_update(self.objective, self.rows, self.cfg, self.step)
+        stage = getattr(self.objective, "at", lambda done: self.objective)  # some learn one thing after another
+        batch = draw_update(stage(self.cfg.done(self.step, self.seconds)), self.rows, self.cfg, self.step)
         pieces, count = split_batch(batch, self.micro, self.rank, self.world), batch["count"].sum().item()
         self.empty = 0 if count else self.empty + 1
         if self.empty == 20:
@@ -308,8 +313,9 @@ def restore(run: Training, checkpoint: Path | None) -> None:
 # %% ../nbs/08_trainer.ipynb #warm_up
 def warm_up(run: Training) -> None:
     "Compile for every kind of batch, and load a GPU's kernels, before the clock starts. Nothing is learned."
-    batch = draw_update(run.objective, run.rows, run.cfg, run.step)
-    for kind in ([batch] if "real" not in batch else [batch, {k: batch[k] for k in batch if k != "real"}]):
+    stages = [run.objective.at(done) for done in (0.0, 1.0)] if hasattr(run.objective, "at") else [run.objective]
+    batches = [draw_update(stage, run.rows, run.cfg, run.step) for stage in stages]
+    for kind in batches + [{k: batch[k] for k in batch if k != "real"} for batch in batches if "real" in batch]:
         run.backward(split_batch(kind, run.micro, run.rank, run.world)[0], 0.0)
         run.model.eval()
         with torch.no_grad():

@@ -181,3 +181,9 @@ def test_printable_text_cannot_move_a_cursor_or_hide_its_order():
     assert printable("a".join(unsafe)) == "a" * 10 + "\n" + "a" * (len(unsafe) - 11)
     for text in ("小诗, 床前明月光。", "\u05e9\u05dc\u05d5\u05dd", "👩\u200d👩\u200d👧🇨🇳 é e\u0301"):
         assert printable(text) == text
+
+
+def test_the_package_has_its_chapters_and_nothing_else():
+    "torch.compile asks packages for names that they may not have."
+    import nanollada
+    assert nanollada.toy.sample and not hasattr(nanollada, "torch")

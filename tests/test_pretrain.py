@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanollada import toy
 from nanollada.backbone import load_run
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
 from nanollada.data import Windows, toy_tokenizer
 from nanollada.elbo import exact_nelbo
-from nanollada.pretrain import (PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
+from nanollada.pretrain import (Joint, PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
                                 score_documents, start_model)
 from nanollada.tokenizer import save_tokenizer, train_tokenizer
 from nanollada.trainer import TrainConfig, draw_update
@@ -60,6 +61,28 @@ def test_both_objectives_see_the_same_rows_and_score_the_same_tokens(folder):
     assert torch.equal(ar["ids"], diffusion["ids"])
     assert ar["count"].sum() == diffusion["count"].sum() == 4 * 63
     assert not diffusion["mask"][:, 0].any() and diffusion["mask"][:, 1:].any()
+
+
+def test_a_joint_model_is_first_an_ar_model_then_a_diffusion_model(folder, ar):
+    pretrain(config(folder, "joint", objective="joint", ar_share=1.0))
+    model, _, info = load_run(folder / "joint", device="cpu")
+    assert info["objective"] == "diffusion" and model.cfg.shift and info["training"]["pretrain"]["objective"] == "joint"
+    last = [load_file(run / "state" / "step-00000004" / "model.safetensors") for run in (folder / "joint", ar)]
+    assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
+    objective = Joint(mask_id=9, shift=True, ar_share=0.5)
+    rows = {"ids": torch.arange(8).view(2, 4), "scored": torch.ones(2, 4, dtype=torch.bool)}
+    kinds = [objective.at(done).noise(rows).keys() for done in (0.0, 0.49, 0.5, 1.0)]
+    assert ["xt" in batch for batch in kinds] == [False, False, True, True]
+
+
+def test_a_joint_model_learns_both(folder):
+    result = pretrain(config(folder, "both", steps=40, objective="joint", ar_share=0.5, train={"learning_rate": 3e-3}))
+    records = [record for record in result.history if record["split"] == "train"]
+    first, then = ([r for r in records if (r["step"] <= 20) == early] for early in (True, False))
+    assert not any(value for r in first for name, value in r.items() if name.startswith("ce_"))
+    assert all(sum(value for name, value in r.items() if name.startswith("ce_")) > 5 for r in then)
+    for part in (first, then):
+        assert sum(r["loss"] for r in part[-3:]) < sum(r["loss"] for r in part[:3]) - 0.5
 
 
 @pytest.mark.parametrize("seed", [7, 11, 35])
