@@ -89,8 +89,7 @@ class Autoregressive(Objective):
     name = "ar"
 
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
-        mask = rows["scored"].clone()
-        mask[:, 0] = False  # nothing predicts the first token
+        mask = torch.nn.functional.pad(rows["scored"][:, 1:], (1, 0))  # nothing predicts the first token
         count, weight = self.shares(mask)
         return rows | {"mask": mask, "count": count, "weight": weight}
 

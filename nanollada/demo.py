@@ -9,7 +9,6 @@ __all__ = ['ROW', 'KINDS', 'WRITING', 'DemoConfig', 'train_one', 'write_stories'
 # %% ../nbs/80_demo.ipynb #imports
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from . import toy
@@ -18,30 +17,25 @@ from .compare import distinct_n, grammatical_share
 from .core import by_budget, machine_record, pick_device, read_jsonl, write_json
 from .data import toy_tokenizer
 from .fast import WriteConfig, write_ids, write_steps
-from .pretrain import PretrainConfig, pretrain, score_documents
+from .pretrain import RECIPE, PretrainConfig, pretrain, score_documents
 from .tokenizer import Tokenizer, save_tokenizer
-from .trainer import TrainConfig, check_fields
+from .trainer import check_fields
 
 # %% ../nbs/80_demo.ipynb #ROW
 ROW = 58  # tokens in a row: one story, filled up with EOS
 KINDS = {"ar": "NLL", "diffusion": "NELBO", "diffusion_from_ar": "NELBO"}  # in the order of training
 
 
-def _scaled(smoke: int, cpu: int, gpu: int) -> object:
-    "A field whose default follows the budget."
-    return field(default_factory=partial(by_budget, smoke, cpu, gpu))
-
-
 @dataclass
 class DemoConfig:
     "How long to train each model and how much to measure. The defaults follow the budget."
     out: Path = Path("runs/demo")  # where the run folders, pictures and report go
-    ar_steps: int = _scaled(8, 750, 2000)  # updates of the autoregressive model
-    diffusion_steps: int = _scaled(8, 650, 8000)  # updates of diffusion from scratch
-    from_ar_steps: int = _scaled(8, 2800, 8000)  # updates of diffusion from the first model
-    documents: int = _scaled(500, 20_000, 100_000)  # stories to learn from
-    scored: int = _scaled(8, 100, 500)  # held-out stories to score
-    samples: int = _scaled(8, 200, 500)  # stories to write with each model, in each way
+    ar_steps: int = field(default_factory=lambda: by_budget(8, 250, 1000))  # updates of the ar model
+    diffusion_steps: int = field(default_factory=lambda: by_budget(8, 800, 4000))  # updates of the joint one
+    from_ar_steps: int = field(default_factory=lambda: by_budget(8, 550, 3000))  # updates of the third
+    documents: int = field(default_factory=lambda: by_budget(500, 40_000, 100_000))  # stories to learn from
+    scored: int = field(default_factory=lambda: by_budget(8, 100, 500))  # held-out stories to score
+    samples: int = field(default_factory=lambda: by_budget(8, 200, 500))  # stories to write, each way
     seed: int = 0  # of data order, weights, noise and samples
     progress: bool = True  # show progress bars
     device: str | None = None  # cuda, mps, cpu; none: the best present
@@ -54,18 +48,18 @@ class DemoConfig:
 def train_one(cfg: DemoConfig, name: str) -> dict[str, float]:
     "Train one of the three models into `out/name`; seconds and tokens per second."
     steps = dict(zip(KINDS, (cfg.ar_steps, cfg.diffusion_steps, cfg.from_ar_steps)))[name]
-    learn = TrainConfig(
-        steps=steps, batch_size=16, learning_rate=4e-3, optimizer="muon", precision="no", decay_fraction=0.5,
-        min_lr_ratio=0.02, save_every=steps, eval_every=-(-steps // 5), log_every=-(-steps // 50),
-        valid_rows=64, overwrite=True, seed=cfg.seed, progress=cfg.progress, device=cfg.device)
+    learn = replace(RECIPE, steps=steps, save_every=steps, eval_every=-(-steps // 5), valid_rows=64,
+                    overwrite=True, seed=cfg.seed, progress=cfg.progress, device=cfg.device)
+    parent, kind = cfg.out / "ar", {"ar": "ar", "diffusion": "joint"}.get(name, "diffusion")
     result = pretrain(PretrainConfig(
-        data="toy", out=cfg.out / name, objective="ar" if name == "ar" else "diffusion", preset="toy",
-        tokenizer=str(cfg.out / "tokenizer"), init_from=cfg.out / "ar" if "from_ar" in name else None,
-        length=ROW, pack=False, random_length=0.0, limit=cfg.documents, cache=cfg.out / "data", train=learn))
+        data="toy", out=cfg.out / name, objective=kind, init_from=parent if "from_ar" in name else None,
+        preset="toy", tokenizer=str(cfg.out / "tokenizer"), length=ROW, pack=False, random_length=0.0,
+        limit=cfg.documents, cache=cfg.out / "data", train=learn))
     return {"seconds": result.seconds, "tokens_per_second": result.tokens_per_second}
 
 # %% ../nbs/80_demo.ipynb #WRITING
 WRITING = {"default": WriteConfig(gen_length=60, temperature=0.5)}
+WRITING["everywhere"] = replace(WRITING["default"], block_length=60)
 WRITING["official"] = replace(WRITING["default"], fast=False, block_length=12, remasking="entropy")
 
 
@@ -142,10 +136,10 @@ def draw_report(cfg: DemoConfig, floor: float) -> None:
     save_figure(figure, cfg.out / "loss.png")
     for name in KINDS:
         save_loss_plot(cfg.out / name, floor)
-    run = load_run(cfg.out / "diffusion_from_ar", cfg.device)[:2]
-    films = (film_story(*run, replace(WRITING["default"], seed=seed)) for seed in range(100))
-    film = next(film for film in films if can_draw("".join(film[-1])))  # this machine has the letters
-    save_gif(film, cfg.out / "unmasking.gif", columns=10)
+    run = load_run(cfg.out / "diffusion", cfg.device)[:2]
+    films = [film_story(*run, replace(WRITING["everywhere"], seed=seed)) for seed in range(20)]
+    worth = [(can_draw(text := "".join(film[-1])), toy.is_valid(text)) for film in films]
+    save_gif(films[worth.index(max(worth))], cfg.out / "unmasking.gif", columns=10)
 
 # %% ../nbs/80_demo.ipynb #demo
 def demo(cfg: DemoConfig | None = None) -> dict:
@@ -156,7 +150,6 @@ def demo(cfg: DemoConfig | None = None) -> dict:
     report = machine_record(pick_device(cfg.device)) | {"seed": cfg.seed}
     report |= make_report({name: measure(cfg, name) for name in KINDS}, training)
     write_json(cfg.out / "report.json", report)
-    text = f"# The demo's report\n\n{report_table(report)}\n"
-    (cfg.out / "report.md").write_text(text, encoding="utf-8")
+    (cfg.out / "report.md").write_text(f"# The demo's report\n\n{report_table(report)}\n", encoding="utf-8")
     draw_report(cfg, report["entropy"]["per_token"])
     return report

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .ar import Batch, Objective, token_nll, with_places
 from .backbone import Backbone, BackboneDenoiser, Denoiser, as_denoiser
 from .core import UserError
-from .masking import Schedule, check_maskable, fixed_count_batch, mask_exactly, noise_batch, uniform
+from .masking import Schedule, check_maskable, fixed_count_batch, mask_exactly, noise_batch, require, uniform
 
 # %% ../nbs/07_elbo.ipynb #masked_ce
 def masked_ce(denoiser: Denoiser, batch: Batch) -> Tensor:
@@ -27,9 +27,8 @@ def masked_ce(denoiser: Denoiser, batch: Batch) -> Tensor:
     everywhere = torch.arange(ids.numel(), device=ids.device)
     places = batch.get("places", everywhere[batch["mask"].flatten()] if on_cpu else everywhere)
     logits = denoiser.at(batch["xt"], places, None if real is None else real.long())  # (N, V)
-    targets = ids.flatten()[places]
-    if on_cpu and len(targets) and targets.max() >= logits.shape[-1]:
-        raise UserError(f"token id {targets.max()} is outside the vocabulary of {logits.shape[-1]}")
+    targets, V = ids.flatten()[places], logits.shape[-1]
+    require(targets < V, lambda: f"token id {targets.max()} is outside the vocabulary of {V}")
     nll = token_nll(logits, targets)
     nll = nll.new_zeros(ids.numel()).index_copy(0, places, nll).view(ids.shape)
     return torch.where(batch["mask"], nll, 0.0)
@@ -85,11 +84,10 @@ def _rows(x0: Tensor, mask_id: int, maskable: Tensor | None, attention_mask: Ten
 
 
 def elbo_loss(denoiser: AnyDenoiser, x0: Tensor, mask_id: int | None = None, maskable: Tensor | None = None,
-              generator: torch.Generator | None = None, attention_mask: Tensor | None = None,
-              schedule: str | Schedule = "linear", eps: float = 1e-3) -> Tensor:
+              generator: torch.Generator | None = None, attention_mask: Tensor | None = None) -> Tensor:
     "Nats per maskable token: the loss of `MaskedDiffusion`, for any denoiser (LLaDA, Eq. 3)."
     denoiser = as_denoiser(denoiser, mask_id)
-    objective = MaskedDiffusion(denoiser.mask_id, eps=eps, schedule=schedule)
+    objective = MaskedDiffusion(denoiser.mask_id)
     batch = objective.noise(_rows(x0, denoiser.mask_id, maskable, attention_mask), generator)
     nats, count = objective.terms(denoiser, batch)
     return nats.sum() / count.sum()
@@ -130,13 +128,12 @@ def _hide(rows: Batch, plan: MaskPlan, part: Tensor, mask_id: int, generator: to
     "The rows of some samples, hidden as planned: by the bits of the sample's number + 1, or a random subset."
     text, number = plan.text[part], plan.number[part, None]
     batch = {name: value[text] for name, value in rows.items()}
-    ids, maskable = batch["ids"], batch["maskable"]
-    rank = (maskable.cumsum(1) - 1).clamp(min=0)
-    tickets = None if plan.tickets is None else plan.tickets[number, rank]
-    mask = mask_exactly(ids, plan.count[part], mask_id, maskable, generator, tickets)[1]
-    tried = maskable & (number + 1 >> rank.clamp(max=62) & 1).bool()
-    mask = torch.where(plan.exact[text][:, None], tried, mask)
-    return with_places(batch | {"mask": mask, "xt": torch.where(mask, mask_id, ids)})
+    rank = (batch["maskable"].cumsum(1) - 1).clamp(min=0)
+    drawn = uniform(rank.shape, "cpu", generator) if plan.tickets is None else plan.tickets[number, rank]
+    tried = number + 1 >> rank.clamp(max=62) & 1
+    tickets = torch.where(plan.exact[text, None], 1.0 - tried, drawn)
+    xt, mask = mask_exactly(batch["ids"], plan.count[part], mask_id, batch["maskable"], tickets=tickets)
+    return with_places(batch | {"xt": xt, "mask": mask})
 
 
 @torch.no_grad()
@@ -156,8 +153,7 @@ def nelbo_replicates(denoiser_of: Callable[[Batch], Denoiser], rows: Batch, mask
     nats = torch.empty_like(plan.weight).index_copy(0, longest_first, torch.cat(nats).double().cpu())
     sums = torch.zeros(len(n), int(plan.replicate.max()) + 1, dtype=torch.float64)
     sums.index_put_((plan.text, plan.replicate), nats * plan.weight, accumulate=True)
-    if sums.isnan().any():
-        raise UserError("the model's logits contain NaN or +inf: check its weights and precision")
+    require(~sums.isnan(), lambda: "the model's logits contain NaN or +inf: check its weights and precision")
     return torch.where(plan.exact[:, None], sums[:, :1], sums), plan.exact
 
 # %% ../nbs/07_elbo.ipynb #mean_and_error

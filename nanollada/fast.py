@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAST', 'DIFFUSION_SETTINGS', 'Keeping', 'CachedDenoiser', 'CausalDenoiser', 'by_factor', 'by_entropy', 'WriteConfig',
-           'writer', 'decode', 'check_room', 'write_steps', 'write_ids', 'generate_text']
+           'writer', 'check_room', 'write_steps', 'write_ids', 'generate_text']
 
 # %% ../nbs/13_fast.ipynb #imports
 from collections.abc import Iterator, Sequence
@@ -173,14 +173,6 @@ def writer(model: Backbone, fast: bool = True) -> Denoiser:
     if model.cfg.objective == "ar":
         return CausalDenoiser(model)
     return CachedDenoiser(model) if fast else model.denoise
-
-
-def decode(model: Backbone, prompt: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
-           **settings: object) -> Tensor:
-    "As `generate`, by an autoregressive model. Raises `UserError` for an empty prompt or a full context."
-    check_room(model, prompt.shape[-1], max_new_tokens)
-    settings |= {"gen_length": max_new_tokens, "block_length": 1, "temperature": temperature}
-    return generate(CausalDenoiser(model), prompt, **settings)
 
 
 def check_room(model: Backbone, prompt: int, new: int) -> None:

@@ -7,7 +7,6 @@ __all__ = ['infill', 'answer_lengths', 'trim_answers', 'RestrictedDenoiser']
 
 # %% ../nbs/11_guidance.ipynb #imports
 from collections.abc import Callable, Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -60,8 +59,7 @@ class RestrictedDenoiser(Denoiser):
         return logits.masked_fill(here & banned, -torch.inf)
 
     def open(self, ids: Tensor, attention_mask: Tensor | None = None) -> "RestrictedDenoiser":
-        other = copy(self)
-        other.denoiser = opened(self.denoiser, ids, attention_mask)
+        other = RestrictedDenoiser(opened(self.denoiser, ids, attention_mask), self.tokens, self.positions)
         if hasattr(other.denoiser, "focus"):
             other.focus = other.denoiser.focus
         return other

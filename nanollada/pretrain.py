@@ -46,6 +46,7 @@ class Joint(MaskedDiffusion):
         return (super() if "xt" in batch else Autoregressive(self.per)).terms(model, batch)
 
     def levels(self, nats: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        "The cross-entropy by noise level, which an AR batch has none of: zeros."
         return super().levels(nats, batch) if "xt" in batch else 2 * (nats.new_zeros(5, dtype=torch.float32),)
 
 # %% ../nbs/09_pretrain.ipynb #cross
@@ -96,8 +97,6 @@ class PretrainConfig(DataConfig):
         if rows * self.length > 2**23 or many * self.length > 2**28:
             raise UserError(f"length is {self.length:,}, with {rows:,} rows a pass, {many:,} an update; "
                             "expected 8 million tokens a pass at most: lower length or micro_batch_size")
-        if any("\ud800" <= letter <= "\udfff" for letter in str(self.out)):
-            raise UserError(f"out is {ascii(str(self.out))}, no UTF-8; choose another name")
 
 # %% ../nbs/09_pretrain.ipynb #start_model
 def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
@@ -136,9 +135,8 @@ def pretrain(cfg: PretrainConfig) -> TrainResult:
     text = f"{len(tokens)} tokens, {hashlib.blake2b(tokens[:2**20].tobytes(), digest_size=8).hexdigest()}"
     names = ("objective", "ar_share", "length", "pack", "document_mask", "random_length", "shift")
     fixed = {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)} | {k: record[k] for k in names}
-    objective = make_objective(model.cfg)
-    if cfg.objective == "joint":
-        objective = Joint(objective.mask_id, objective.shift, ar_share=cfg.ar_share)
+    joint = Joint(model.cfg.mask_token_id, model.cfg.shift, ar_share=cfg.ar_share)
+    objective = joint if cfg.objective == "joint" else make_objective(model.cfg)
     return train(model, objective, learn, cfg.train, judge, cfg.out,
                  lambda model, folder, weights=None: save_run(model, tokenizer, folder, weights),
                  {"pretrain": record, "fixed": fixed})

@@ -46,8 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raw.train_from_iterator(chain([next(documents)], documents), trainer)
     except (StopIteration, TypeError, UnicodeEncodeError):
         raise UserError("expected at least one text to train on, and no half surrogate pair in any") from None
-    settings = {"clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE} | SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHAT_TEMPLATE, **SPECIAL_TOKENS)
 
 # %% ../nbs/01_tokenizer.ipynb #encode
 def encode(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
@@ -91,15 +90,14 @@ def _complete(tokenizer: Tokenizer, mask_token: str) -> None:
         "pad_token": (),
         "mask_token": (mask_token, "<|mdm_mask|>", "<|mask|>", "<|MASK|>", "[MASK]", "<mask>")}
     for name, known in spellings.items():
-        if getattr(tokenizer, f"{name}_id") is not None:
-            continue
-        before, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-        text = next((text for text in known if text in added), new.get(name) or tokenizer.eos_token)
-        if text in before and text not in added:
-            raise UserError(f"{name} is {text!r}, an ordinary word of this tokenizer: choose another")
-        tokenizer.add_special_tokens({name: text})
-        if text not in before and tokenizer.convert_tokens_to_ids(text) in before.values():
-            raise UserError(f"the new {name} {text!r} got an id already in use: the vocabulary has holes")
+        if getattr(tokenizer, f"{name}_id") is None:
+            before, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+            text = next((text for text in known if text in added), new.get(name) or tokenizer.eos_token)
+            if text in before and text not in added:
+                raise UserError(f"{name} is {text!r}, an ordinary word of this tokenizer: choose another")
+            tokenizer.add_special_tokens({name: text})
+            if text not in before and tokenizer.convert_tokens_to_ids(text) in before.values():
+                raise UserError(f"the new {name} {text!r} got an id already in use: the vocabulary has holes")
     if tokenizer.mask_token_id in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise UserError(f"mask token {tokenizer.mask_token!r} is also pad, bos or eos: choose another")
 

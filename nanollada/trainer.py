@@ -130,10 +130,11 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
     return torch.cat([epoch_order(n, seed, e)[max(0, first - e * n):last - e * n] for e in epochs])
 
 
-def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int) -> Batch:
-    "The batch of an update, noise and all: a function of the seed and of its number."
+def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int, elapsed=0.0) -> Batch:
+    "The batch of an update, noise and all: a function of seed and number (a stage may go by the clock)."
     draws = make_generator(cfg.seed, "noise", step)
-    return objective.noise(rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), draws), draws)
+    stage = objective.at(cfg.done(step, elapsed)) if hasattr(objective, "at") else objective
+    return stage.noise(rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), draws), draws)
 
 # %% ../nbs/08_trainer.ipynb #split_batch
 def split_batch(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -172,8 +173,7 @@ class Learner:
     def update(self) -> None:
         "Draw a batch, add up its gradient, use it. `UserError` if again and again nothing is left to learn."
         torch.manual_seed(make_generator(self.cfg.seed, "dropout", self.step, self.rank).initial_seed())
-        stage = getattr(self.objective, "at", lambda done: self.objective)  # some learn one thing after another
-        batch = draw_update(stage(self.cfg.done(self.step, self.seconds)), self.rows, self.cfg, self.step)
+        batch = draw_update(self.objective, self.rows, self.cfg, self.step, self.seconds)
         pieces, count = split_batch(batch, self.micro, self.rank, self.world), batch["count"].sum().item()
         self.empty = 0 if count else self.empty + 1
         if self.empty == 20:
@@ -313,9 +313,8 @@ def restore(run: Training, checkpoint: Path | None) -> None:
 # %% ../nbs/08_trainer.ipynb #warm_up
 def warm_up(run: Training) -> None:
     "Compile for every kind of batch, and load a GPU's kernels, before the clock starts. Nothing is learned."
-    stages = [run.objective.at(done) for done in (0.0, 1.0)] if hasattr(run.objective, "at") else [run.objective]
-    batches = [draw_update(stage, run.rows, run.cfg, run.step) for stage in stages]
-    for kind in batches + [{k: batch[k] for k in batch if k != "real"} for batch in batches if "real" in batch]:
+    kinds = [draw_update(run.objective, run.rows, run.cfg, step) for step in (run.step, run.cfg.steps - 1)]
+    for kind in kinds + [{k: kind[k] for k in kind if k != "real"} for kind in kinds if "real" in kind]:
         run.backward(split_batch(kind, run.micro, run.rank, run.world)[0], 0.0)
         run.model.eval()
         with torch.no_grad():

@@ -64,23 +64,23 @@ def save_loss_plot(folder: str | Path, floor: float | None = None) -> Path:
     return save_figure(figure, Path(folder) / "loss.png")
 
 # %% ../nbs/96_viz.ipynb #draw_grid
-def _draw_grid(axis: Axes, boxes: list[tuple[str, str, object]], columns: int) -> None:
-    "Draw boxes of (text, its colour, colour of the box); a text whose letters this machine lacks is a dot."
+def _draw_grid(axis: Axes, texts: list[str], colours: list, columns: int) -> None:
+    "Draw coloured boxes, a text in each; one whose letters this machine lacks is a dot."
     from matplotlib.patches import Rectangle
     style = dict(ha="center", va="center", fontsize=8, parse_math=False, family=chinese_font())
-    for number, (text, ink, colour) in enumerate(boxes):
+    for number, (text, colour) in enumerate(zip(texts, colours)):
         x, y = number % columns, number // columns
-        axis.add_patch(Rectangle((x + 0.03, y + 0.08), 0.94, 0.84, facecolor=colour, edgecolor="none"))
+        box = axis.add_patch(Rectangle((x + 0.03, y + 0.08), 0.94, 0.84, facecolor=colour, edgecolor="none"))
+        ink = "black" if box.get_facecolor()[1] > 0.45 else "white"  # by its share of green
         axis.text(x + 0.5, y + 0.5, printable(text) if can_draw(text) else "·", color=ink, **style)
-    axis.set(xlim=(0, columns), ylim=(max(1, -(-len(boxes) // columns)), 0), xticks=[], yticks=[])
+    axis.set(xlim=(0, columns), ylim=(max(1, -(-len(texts) // columns)), 0), xticks=[], yticks=[])
 
 
 def draw_frame(axis: Axes, pieces: list[str | None], columns: int = 10, before: list | None = None) -> None:
     "Draw a canvas as a grid of tokens: masks (None) are grey, and coloured is what was a mask `before`."
-    pairs = list(zip(pieces, before or pieces))
+    pairs = zip(pieces, before or pieces)
     colours = ["#c8c8c8" if piece is None else COLOURS[4] if old is None else "white" for piece, old in pairs]
-    texts = [(piece or "").strip()[:10] for piece in pieces]
-    _draw_grid(axis, [(text, "black", colour) for text, colour in zip(texts, colours)], columns)
+    _draw_grid(axis, [(piece or "").strip()[:10] for piece in pieces], colours, columns)
     axis.set_axis_off()
 
 # %% ../nbs/96_viz.ipynb #save_gif
@@ -106,7 +106,5 @@ def draw_order(axis: Axes, pieces: list[str], order: list[int], columns: int = 1
     "Draw a text as a grid of tokens, coloured by and numbered with the forward pass that wrote each."
     from matplotlib import colormaps
     shades = [colormaps["cividis"](number / max(order)) for number in order]
-    boxes = [(f"{piece.strip()[:9]}\n{number}", "black" if shade[1] > 0.45 else "white", shade)
-             for piece, number, shade in zip(pieces, order, shades)]
-    _draw_grid(axis, boxes, columns)
+    _draw_grid(axis, [f"{piece.strip()[:9]}\n{n}" for piece, n in zip(pieces, order)], shades, columns)
     axis.set_xlabel("text, left to right; below each token the forward pass that wrote it")

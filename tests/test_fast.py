@@ -9,7 +9,7 @@ import torch
 from nanollada import sampler
 from nanollada.backbone import Backbone, BackboneConfig, load_run, save_run
 from nanollada.core import UserError, make_generator
-from nanollada.fast import (FAST, CachedDenoiser, CausalDenoiser, WriteConfig, by_entropy, by_factor, decode,
+from nanollada.fast import (FAST, CachedDenoiser, CausalDenoiser, WriteConfig, by_entropy, by_factor, check_room,
                             generate_text, write_ids, write_steps)
 from nanollada.sampler import Policy, by_threshold, generate, prompt_canvas, write
 from nanollada.tokenizer import encode, train_tokenizer
@@ -281,6 +281,11 @@ def test_steps_are_reported_in_the_order_of_the_prompt():
 
 
 # Autoregressive decoding is the same loop.
+
+
+def decode(model, prompt, max_new_tokens, *, temperature=1.0, **settings):
+    check_room(model, prompt.shape[-1], max_new_tokens)
+    return generate(CausalDenoiser(model), prompt, gen_length=max_new_tokens, block_length=1, temperature=temperature, **settings)
 
 
 def slow_decode(model, prompt, n, pick):
