@@ -130,10 +130,10 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
     return torch.cat([epoch_order(n, seed, e)[max(0, first - e * n):last - e * n] for e in epochs])
 
 
-def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int, elapsed=0.0) -> Batch:
+def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int, now: float = 0.0) -> Batch:
     "The batch of an update, noise and all: a function of seed and number (a stage may go by the clock)."
     draws = make_generator(cfg.seed, "noise", step)
-    stage = objective.at(cfg.done(step, elapsed)) if hasattr(objective, "at") else objective
+    stage = objective.at(cfg.done(step, now)) if hasattr(objective, "at") else objective
     return stage.noise(rows.batch(rows_of_step(step, len(rows), cfg.batch_size, cfg.seed), draws), draws)
 
 # %% ../nbs/08_trainer.ipynb #split_batch
