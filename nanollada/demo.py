@@ -142,9 +142,8 @@ def draw_report(cfg: DemoConfig, floor: float) -> None:
     save_gif(films[worth.index(max(worth))], cfg.out / "unmasking.gif", columns=10)
 
 # %% ../nbs/80_demo.ipynb #demo
-def demo(cfg: DemoConfig | None = None) -> dict:
+def demo(cfg: DemoConfig) -> dict:
     "Train the three models, measure, draw; everything is left in `cfg.out`, the report comes back."
-    cfg = cfg or DemoConfig()
     save_tokenizer(toy_tokenizer(), cfg.out / "tokenizer")
     training = {name: train_one(cfg, name) for name in KINDS}
     report = machine_record(pick_device(cfg.device)) | {"seed": cfg.seed}

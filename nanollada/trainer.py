@@ -313,7 +313,8 @@ def restore(run: Training, checkpoint: Path | None) -> None:
 # %% ../nbs/08_trainer.ipynb #warm_up
 def warm_up(run: Training) -> None:
     "Compile for every kind of batch, and load a GPU's kernels, before the clock starts. Nothing is learned."
-    kinds = [draw_update(run.objective, run.rows, run.cfg, step) for step in (run.step, run.cfg.steps - 1)]
+    steps = {run.step, run.cfg.steps - 1} if hasattr(run.objective, "at") else {run.step}  # both stages
+    kinds = [draw_update(run.objective, run.rows, run.cfg, step) for step in sorted(steps)]
     for kind in kinds + [{k: kind[k] for k in kind if k != "real"} for kind in kinds if "real" in kind]:
         run.backward(split_batch(kind, run.micro, run.rank, run.world)[0], 0.0)
         run.model.eval()

@@ -124,10 +124,10 @@ def test_resume_is_exact_also_of_a_moved_folder(folder, monkeypatch):
     class Stop(Exception):
         pass
 
-    def draw_or_die(objective, rows, cfg, step):
+    def draw_or_die(objective, rows, cfg, step, now):
         if step == 3:
             raise Stop
-        return draw_update(objective, rows, cfg, step)
+        return draw_update(objective, rows, cfg, step, now)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr("nanollada.trainer.draw_update", draw_or_die)
         pretrain(config(folder, "half", steps=4))
@@ -162,7 +162,7 @@ def flags(folder, out, **changes):
 def test_launched_twice_by_the_command_line_it_trains_one_model(folder, tmp_path, shards):
     "attack B, user.md A: README's torchrun line on a CPU; sharded, as accelerate's configuration asks for it."
     alone = pretrain(config(folder, "alone", steps=6, objective="ar", length=32, train={
-        "save_every": 3, "eval_every": 3, "learning_rate": 4e-3, "optimizer": "muon", "decay_fraction": 0.5,
+        "save_every": 3, "eval_every": 3, "learning_rate": 2.5e-3, "optimizer": "muon", "decay_fraction": 0.5,
         "min_lr_ratio": 0.02, "warmup_steps": None, "overwrite": True}))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = ("pretrain", *flags(folder, tmp_path / "two"), "--no-progress")
