@@ -137,7 +137,7 @@ def draw_report(cfg: DemoConfig, floor: float) -> None:
     for name in KINDS:
         save_loss_plot(cfg.out / name, floor)
     run = load_run(cfg.out / "diffusion", cfg.device)[:2]
-    films = [film_story(*run, replace(WRITING["everywhere"], seed=seed)) for seed in range(20)]
+    films = [film_story(*run, replace(WRITING["everywhere"], seed=seed)) for seed in range(8)]
     worth = [(can_draw(text := "".join(film[-1])), toy.is_valid(text)) for film in films]
     save_gif(films[worth.index(max(worth))], cfg.out / "unmasking.gif", columns=10)
 
