@@ -124,7 +124,7 @@ def open_rows(cfg: PretrainConfig) -> tuple[Windows, Windows, Tokenizer]:
     shares = zip(streams, (cfg.random_length, 0.0))
     return *(Windows(s, cfg.length, cfg.pack, share, cfg.document_mask) for s, share in shares), tokenizer
 
-
+# %% ../nbs/09_pretrain.ipynb #pretrain
 def pretrain(cfg: PretrainConfig) -> TrainResult:
     "Train a model on text and leave a run folder. `UserError` for what is wrong with data, settings or disk."
     with open_processes(cfg.train.device).main_process_first():  # the others find the data made
