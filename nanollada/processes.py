@@ -91,7 +91,7 @@ def apply_gradients(model: nn.Module, optimizers: list, rate: float, clip: float
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
             for p in group["params"] if muon and is_sharded() else ():  # Muon takes whole matrices only
                 from torch.distributed.tensor import Replicate
                 p.grad, memory = p.grad.redistribute(placements=[Replicate()]), optimizer.state[p]

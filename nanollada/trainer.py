@@ -54,6 +54,7 @@ class TrainConfig:
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # wsd: warm up, hold, decay in a line
     decay_fraction: float = 0.2  # share of the run that wsd spends decaying, in (0, 1]
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, with adamw for the rest
+    adamw_ratio: float = 1.0  # muon: the rate of the rest (embeddings, head, norms) over that of the matrices
     weight_decay: float = 0.1  # decay of the matrices; norms, biases and embeddings have none
     clip: float | None = 1.0  # largest norm of the whole gradient; none: no clipping
     precision: Literal["auto", "bf16", "no"] = "auto"  # no: float32; auto: bf16 where the device has it
@@ -75,7 +76,7 @@ class TrainConfig:
         rows = dict.fromkeys(("batch_size", "micro_batch_size"), (1, 2**20))
         check_fields(self, **counts, **rows, learning_rate=(1e-12, 1000), clip=(1e-12, 10**12),
                      min_lr_ratio=(0, 1), warmup_steps=(0, self.steps), decay_fraction=(1e-9, 1),
-                     weight_decay=(0, 1000), time_budget=(1e-6, 10**9), seed=(0, 2**32 - 1))
+                     weight_decay=(0, 1000), adamw_ratio=(1e-3, 1000), time_budget=(1e-6, 10**9), seed=(0, 2**32 - 1))
         if self.resume and self.overwrite:
             raise UserError("resume is True; expected resume or overwrite: they exclude each other")
 
@@ -110,7 +111,9 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Opti
     if not any(groups.values()):
         raise UserError("the model has no trainable parameters: unfreeze some (requires_grad_)")
     hidden = groups.pop("hidden") if cfg.optimizer == "muon" else []
-    sets = [{"params": p, "weight_decay": cfg.weight_decay * (k != "plain")} for k, p in groups.items() if p]
+    ratio = {"lr_scale": cfg.adamw_ratio if hidden else 1.0}
+    sets = [{"params": p, "weight_decay": cfg.weight_decay * (k != "plain")} | ratio
+            for k, p in groups.items() if p]
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     adamw = [torch.optim.AdamW(sets, cfg.learning_rate, (0.9, 0.95), fused=fused)] if sets else []
     return adamw + ([torch.optim.Muon(hidden, cfg.learning_rate, cfg.weight_decay,
