@@ -268,7 +268,8 @@ def _twins(width: int, units: float, kind: str, seed: int) -> list[dict]:
     unit, size = (sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
                   for model in models)
     steps = max(2, round(50 * units * unit / size))
-    found = score_stories(story_model(kind, seed, steps, **shape_of(width)), by_budget(4, 60))
+    model = story_model(kind, seed, steps, **shape_of(width))
+    found = score_stories(model, by_budget(4, 60), chains=units >= by_budget(0, 4))
     return [{"parameters": size, "steps": steps} | found]
 
 
@@ -296,7 +297,7 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
     model, objective = new_model(kind, len(words), words.mask_token_id, seed)
     if "dropout" in way:
         with_dropout(model, 0.2)
-    looks = by_budget((2, 4), (100, 200, 400, 800), (200, 800, 3200, 12_800))
+    looks = by_budget((2, 4), (50, 100, 200, 400), (200, 800, 3200, 12_800))
     cfg = replace(RECIPE, steps=looks[-1], batch_size=24, seed=seed, schedule="constant", progress=False,
                   weight_decay=1.0 if "dropout" in way else RECIPE.weight_decay)
     run, found, epoch = Learner(model, objective, story_rows(stories, seed), cfg), [], 24 / stories
