@@ -180,18 +180,16 @@ def story_model(kind: str, seed: int, steps: int, rows: Rows | None = None, **sh
 @torch.no_grad()
 def chain_nats(denoiser: Denoiser, ids: Tensor, surest: bool = False) -> Tensor:
     "Nats (B,) of rows (B, L) revealed token by token after the first: left to right, or the surest next."
-    xt, nats = ids.clone(), torch.zeros(len(ids), dtype=torch.float64)
-    xt[:, 1:] = denoiser.mask_id
+    xt, at = ids.clone(), torch.arange(ids.shape[1], device=ids.device)
+    xt[:, 1:], nats = denoiser.mask_id, 0.0
     for column in range(1, ids.shape[1]):
-        hidden = xt == denoiser.mask_id
-        if not surest:
-            hidden &= torch.arange(ids.shape[1]) == column
+        hidden = (xt == denoiser.mask_id) & (surest | (at == column))
         places = hidden.flatten().nonzero()[:, 0]
         logp = denoiser.at(xt, places).float().log_softmax(-1)  # (N, V)
         best = logp.max(-1).values.view(len(ids), -1).argmax(1)  # as many are hidden in each row
-        chosen = torch.arange(len(ids)) * (len(logp) // len(ids)) + best
+        chosen = torch.arange(len(ids), device=ids.device) * (len(logp) // len(ids)) + best
         told = ids.flatten()[places[chosen]]
-        nats -= logp[chosen, told]
+        nats -= logp[chosen, told].cpu().double()
         xt.view(-1)[places[chosen]] = told
     return nats
 
@@ -203,6 +201,7 @@ def score_stories(model: Backbone, n: int, seed: int = TEST, chains: bool = True
     found = {"excess": loss.mean().item() - floor, "stories_error": (loss.std() / n**0.5).item()}
     if chains and model.cfg.objective != "ar":
         ids = document_rows(words, texts, ROW)[0]
+        ids = ids.to(model.lm_head.weight.device)
         found |= {"excess_left": chain_nats(model.denoise, ids).mean().item() - floor,
                   "excess_surest": chain_nats(model.denoise, ids, surest=True).mean().item() - floor}
     return found
@@ -343,13 +342,14 @@ def friendships(n: int, seed: int) -> Facts:
 @torch.no_grad()
 def guess_name(model: Backbone, rows: Tensor, column: int, names: int) -> float:
     "How often the likeliest name for the hidden column of rows [bos, name, relation, name, eos] is right."
+    rows = rows.to(model.lm_head.weight.device)
     if model.cfg.objective != "ar":
-        logits = model.denoise(rows.index_fill(1, torch.tensor([column]), model.cfg.mask_token_id))[:, column]
+        logits = model.denoise(rows.index_fill(1, rows.new_tensor([column]), model.cfg.mask_token_id))[:, column]
     elif column == 3:
         logits = model(rows, causal=True)[:, column - 1]
     else:  # try them all: p(name) p(relation | name) p(second | name, relation)
         tries = rows.repeat_interleave(names, 0)
-        tries[:, column] = torch.arange(names).repeat(len(rows))
+        tries[:, column] = torch.arange(names, device=rows.device).repeat(len(rows))
         logp = model(tries, causal=True).float().log_softmax(-1)[:, :-1]
         logits = logp.gather(2, tries[:, 1:, None]).sum((1, 2)).view(len(rows), names)
     return (logits[:, :names].argmax(1) == rows[:, column]).float().mean().item()

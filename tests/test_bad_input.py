@@ -111,7 +111,8 @@ VALUES = [  # a command line, and what the one line must say
     (["bench", "train", "--preset", "toy", "--vocab-size", 10**12, "--device", "cpu"], "vocab_size"),
     (["bench", "sample", "--run", "diffusion", "--ar-run", "ar", "--gen-length", HUGE], "gen_length"),
     (["demo", "--samples", 0, "--out", "o"], "samples"),
-    (["demo", "--ar-steps", -1, "--out", "o"], "ar_steps"),
+    (["demo", "--seconds", -1, "--out", "o"], "seconds"),
+    (["demo", "--seed", -1, "--out", "o"], "seed"),
     (["sft", "--data", "toy", "--init-from", "ar", "--out", "x", "--spare", HUGE, *TRAIN], "spare"),
 ]
 

