@@ -17,8 +17,9 @@ RESULTS, PAGES = ROOT / "nbs" / "results", ("RESULTS.md", "README.md")
 
 def about(report: dict) -> str:
     "How a study was made, in a line."
-    shown = f"`{report['command']}`: seeds {', '.join(map(str, report['seeds']))}; {report['jobs']} jobs, {report['side_by_side']} side by side"
-    return f"{shown}; {report['machine']}, torch {report['torch']}, commit {report['commit']}."
+    made = sorted({f"{each['machine']}, torch {each['torch']}, commit {each['commit']}" for each in report["made"]})
+    jobs = f"{report['jobs']} jobs, {report['side_by_side']} side by side, {report['job_seconds'] / 60:.0f} minutes of one thread"
+    return f"`{report['command']}`: seeds {', '.join(map(str, report['seeds']))}; {jobs}; {'; '.join(made)}."
 
 
 def study(name: str, found: tuple = (), by: tuple = (), **only: object) -> str:
@@ -37,12 +38,13 @@ def demo() -> str:
 WRITTEN = ("grammatical_share", "distinct_2", "word_entropy")
 TABLES = {
     "demo": demo,
-    "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "everywhere_grammatical_share", "updates")),
+    "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "default_distinct_2", "default_word_entropy",
+                                        "everywhere_grammatical_share", "updates")),
     "twins": lambda: study("twins", ("excess", "excess_left", "excess_surest", "steps"), ("width", "kind"), units=8),
     "twins small": lambda: study("twins", ("excess", "steps"), ("units", "kind"), width=128),
     "data": lambda: study("data", ("excess", "epochs"), ("stories", "way", "steps")),
     "reversal": lambda: study("reversal"),
-    "order": lambda: study("order", (*WRITTEN, "tokens_per_second"), ("way",), task="stories"),
+    "order": lambda: study("order", ("grammatical_share", "namesakes", "distinct_2", "word_entropy"), ("way",), task="stories"),
     "sudoku": lambda: study("order", ("solved",), ("way",), task="sudoku"),
     "guidance": lambda: study("guidance", WRITTEN, ("scale",), task="continue"),
     "choices": lambda: study("guidance", ("right",), ("scale", "masks"), task="choose"),

@@ -109,11 +109,11 @@ def measure(cfg: DemoConfig, name: str) -> dict[str, dict]:
     model, tokenizer, _ = load_run(cfg.out / name, cfg.device)
     *_, last = (each for each in read_jsonl(cfg.out / name / "metrics.jsonl") if each["split"] == "train")
     spent, speed = last["seconds"], last["step"] * RECIPE.batch_size * ROW / last["seconds"]
-    ways = list(WRITING)[: 1 if name == "ar" else None]
+    writing = {way: write_stories(model, tokenizer, cfg.samples, replace(how, seed=cfg.seed), cfg.language)
+               for way, how in WRITING.items() if way == "default" or name != "ar"}
     return {"training": {"seconds": spent, "updates": last["step"], "tokens_per_second": speed},
             "loss": score_stories(model, tokenizer, cfg),
-            "writing": {way: write_stories(model, tokenizer, cfg.samples, replace(WRITING[way], seed=cfg.seed),
-                                           cfg.language) for way in ways}}
+            "writing": {way: told | {"stories": told["stories"][:5]} for way, told in writing.items()}}
 
 # %% ../nbs/80_demo.ipynb #make_report
 def make_report(cfg: DemoConfig, found: dict[str, dict]) -> dict:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nanollada import bench as module
 from nanollada.backbone import Backbone, preset, save_run
-from nanollada.bench import STEPS, Plain, RandomRows, SampleBench, TrainBench, bench, bench_sample, bench_table, bench_train, race
+from nanollada.bench import STEPS, Plain, random_rows, SampleBench, TrainBench, bench, bench_sample, bench_table, bench_train, race
 from nanollada.core import UserError, make_generator
 from nanollada.data import toy_tokenizer
 from nanollada.pretrain import make_objective
@@ -27,7 +27,7 @@ def records():
 def test_the_plain_loss_is_the_trainers_loss_with_the_same_gradient(objective):
     torch.manual_seed(0)
     model = Backbone(preset("toy", 60, objective=objective, mask_token_id=59))
-    rows = RandomRows(8, 12, 60).batch(torch.arange(8))
+    rows = random_rows(8, 12, 60).batch(torch.arange(8))
     ours = make_objective(model.cfg)
     losses = [way.loss(model, rows, make_generator(0, "noise")) for way in (Plain(ours), ours)]
     torch.testing.assert_close(*losses)
@@ -95,7 +95,7 @@ def test_a_race_is_the_median_of_ratios_taken_pair_by_pair(monkeypatch):
 
 
 def test_random_rows_are_reproducible_and_leave_the_mask_out():
-    a, b, c = RandomRows(50, 40, 30), RandomRows(50, 40, 30), RandomRows(50, 40, 30, seed=1)
+    a, b, c = random_rows(50, 40, 30), random_rows(50, 40, 30), random_rows(50, 40, 30, seed=1)
     assert torch.equal(a.ids, b.ids) and not torch.equal(a.ids, c.ids) and a.ids.max() <= 28 and len(a) == 50
     expected = F.normalize(1 / torch.arange(1.0, 30), p=1, dim=0)
     counts = torch.bincount(a.ids.flatten(), minlength=29).float() / a.ids.numel()

@@ -1,6 +1,8 @@
 "The studies: their protocol (resuming, seeds, provenance), what they count, and each at the smallest size."
 import itertools
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from nanollada.core import UserError, read_json
 from nanollada.likelihood import chain_rule_log_likelihood
 from nanollada.studies import (DEV, ROW, TEST, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
                                new_model, score_stories, shape_of, story_rows, study_table, summarize, with_dropout)
-from nanollada.writing import STUDIES, endings, sudoku_grids, sudoku_puzzles
+from nanollada.writing import STUDIES, endings, namesakes, sudoku_grids, sudoku_puzzles
 
 
 def plan_two(budget: str) -> list[dict]:
@@ -24,9 +26,12 @@ def note(way: str, seed: int) -> list[dict]:
     "A job that counts how often it was done, and fails where a file says so."
     folder = Path(torch.os.environ["STUDY_TEST"])
     if (folder / f"fail_{way}").exists():
+        while (folder / "other").exists() and not (folder / "done_b").exists():
+            time.sleep(0.1)  # until the other has begun
         raise UserError(f"{way} cannot be done")
     with open(folder / f"done_{way}", "a") as file:
         file.write("x")
+    time.sleep((folder / "other").exists() * 1.0)
     return [{"loss": float(len(way))}]
 
 
@@ -46,7 +51,8 @@ def test_a_study_resumes_and_keeps_what_was_done(tmp_path, monkeypatch):
     assert [(row["way"], row["loss"]) for row in report["rows"]] == [("a", 1.0), ("b", 1.0)]
     assert report == read_json(tmp_path / "out" / "tiny_smoke.json") | {"by": ("way",)}
     assert report["command"] == "nanollada study tiny --budget smoke" and report["seeds"] == [1]
-    assert {"commit", "version", "torch", "machine", "threads", "python"} <= report.keys()
+    (made,) = report["made"]
+    assert {"commit", "nanollada", "torch", "machine", "threads", "python"} <= made.keys()
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -64,9 +70,19 @@ def test_every_plan_has_three_seeds_and_a_file_for_each_job(name):
 def test_every_study_runs_at_the_smallest_size(name, monkeypatch):
     monkeypatch.setenv("NANOLLADA_BUDGET", "smoke")
     study = STUDIES[name]
-    rows = [settings | row for settings in study.plan("smoke")[-1:] for row in study.run(**settings)]
+    plan = study.plan("smoke") if name in ("order", "reversal") else study.plan("smoke")[-1:]
+    rows = [settings | row for settings in plan for row in study.run(**settings)]
     assert study_table(rows, study.by).count("\n") >= 2
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def test_what_runs_beside_a_job_that_fails_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_TEST", str(tmp_path))
+    for name in ("fail_a", "other"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="a cannot be done"):
+        conduct(TINY, StudyConfig("smoke", tmp_path / "out", jobs=2))
+    assert [file.name for file in (tmp_path / "out" / "tiny_smoke").iterdir()] == ["b_1.json"]
 
 
 def test_learning_choosing_and_reporting_use_different_stories():
@@ -77,8 +93,11 @@ def test_learning_choosing_and_reporting_use_different_stories():
 def test_summaries_group_by_settings_and_spread_over_seeds():
     rows = [{"way": "a", "seed": s, "loss": x} for s, x in ((1, 1.0), (2, 2.0), (3, 3.0))] + [{"way": "b", "seed": 1, "loss": 5.0}]
     first, second = summarize(rows, ["way"], "loss")
-    assert first == {"way": "a", "n": 3, "loss": (2.0, 1.0)} and second["loss"][0] == 5.0 and math.isnan(second["loss"][1])
+    assert first == {"way": "a", "seeds": 3, "loss": (2.0, 1.0)} and second["loss"][0] == 5.0 and math.isnan(second["loss"][1])
     assert study_table(rows, ["way"]).splitlines()[2:] == ["| a | 3 | 2 ± 1 |", "| b | 1 | 5 |"]
+    mixed = [{"way": "a", "loss": 1.0}, {"way": "b", "share": 0.5}]
+    assert study_table(mixed, ["way"]).splitlines() == [
+        "| way | seeds | loss | share |", "| --- | --- | --- | --- |", "| a | 1 | 1 |  |", "| b | 1 |  | 0.5 |"]
 
 
 def oracle(ids):
@@ -138,7 +157,17 @@ def test_guessing_a_first_name_tries_all_sentences():
             logp = model(tried[None], causal=True).log_softmax(-1)[0, :-1]
             scores.append(logp.gather(1, tried[1:, None]).sum().item())
         right += max(range(facts.names), key=scores.__getitem__) == row[1]
-    assert guess_name(model, facts.seen, 1, facts.names) == pytest.approx(right / len(facts.seen))
+    assert guess_name(model, facts.seen, 1, torch.arange(facts.names)) == pytest.approx(right / len(facts.seen))
+
+
+@pytest.mark.parametrize("kind", ("ar", "diffusion"))
+def test_a_guess_is_among_the_names_allowed(kind):
+    facts = friendships(6, seed=0)
+    model = new_model(kind, 17, 16, seed=1)[0].eval()
+    for column in (1, 3):
+        for row in facts.seen:
+            assert guess_name(model, row[None], column, row[column][None]) == 1.0
+            assert guess_name(model, row[None], column, (row[column][None] + 1) % facts.names) == 0.0
 
 
 def test_there_are_288_grids_and_puzzles_have_one_solution():
@@ -167,6 +196,21 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(a, b)
     a, b = (model.eval()(ids, True) for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_a_perfect_model_has_no_excess(monkeypatch):
+    from nanollada import studies
+    model = new_model("ar", 2048, 2047, seed=1)[0].eval()
+    perfect = lambda model, words, texts, **how: (-torch.tensor([toy.log_prob(t, "en") for t in texts]), None)
+    monkeypatch.setattr(studies, "score_documents", perfect)
+    assert abs(score_stories(model, n=20)["excess"]) < 1e-5
+
+
+def test_somebody_who_meets_himself_is_found():
+    fresh = toy.sample(40, 3, "en")
+    assert namesakes(fresh) == 0
+    hero, other = re.findall(r"(\w+) the", fresh[0])[:2]
+    assert namesakes([fresh[0].replace(other, hero), *fresh[1:]]) == 1 / 40
 
 
 def test_an_untrained_model_is_far_above_the_entropy():
