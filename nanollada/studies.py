@@ -99,7 +99,7 @@ def conduct(study: Study, cfg: StudyConfig) -> dict:
             for future in tqdm(as_completed(futures), study.name, len(futures), disable=None, unit="job"):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     found = [read_json(file, dict) for file in files]
     made = [{name: value for name, value in each["made"].items() if name != "job_seconds"} for each in found]
