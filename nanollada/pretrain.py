@@ -67,7 +67,7 @@ def cross(ar: Backbone, shift: bool = True, mask_row: str = "random", seed: int 
     return model
 
 # %% ../nbs/09_pretrain.ipynb #RECIPE
-RECIPE = TrainConfig(batch_size=48, learning_rate=2.5e-3, optimizer="muon", adamw_ratio=3.0,
+RECIPE = TrainConfig(batch_size=48, learning_rate=1.25e-3, optimizer="muon", adamw_ratio=3.0,
                      decay_fraction=0.5, min_lr_ratio=0.02)
 
 

@@ -231,11 +231,12 @@ def write_stories(model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfi
     return judge_stories(stories, language) | {"tokens_per_second": speed, "stories": stories}
 
 # %% ../nbs/20_studies.ipynb #WAYS
-WAYS = {
-    "joint": {}, "joint, one rate for all": dict(adamw_ratio=1.0),
-    "joint, half the rate": dict(learning_rate=1.25e-3), "joint, twice the rate": dict(learning_rate=5e-3),
-    "diffusion": {}, "diffusion, 16 rows, 4e-3, float32": dict(
-        adamw_ratio=1.0, learning_rate=4e-3, batch_size=16, precision="no")}
+WAYS = {"joint": {}, "joint, twice the rate": dict(learning_rate=2.5e-3),
+        "joint, four times the rate": dict(learning_rate=5e-3),
+        "joint, 2.5e-3 for all": dict(learning_rate=2.5e-3, adamw_ratio=1.0),
+        "diffusion": {}, "diffusion, twice the rate": dict(learning_rate=2.5e-3),
+        "diffusion, 16 rows, 4e-3 for all, float32": dict(
+            learning_rate=4e-3, adamw_ratio=1.0, batch_size=16, precision="no")}
 
 
 def _recipe(way: str, seed: int) -> list[dict]:
