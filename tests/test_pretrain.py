@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nanollada.backbone import load_run
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
 from nanollada.data import Windows, toy_tokenizer
 from nanollada.elbo import exact_nelbo
-from nanollada.pretrain import (Joint, PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
+from nanollada.pretrain import (RECIPE, Joint, PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
                                 score_documents, start_model)
 from nanollada.tokenizer import save_tokenizer, train_tokenizer
 from nanollada.trainer import TrainConfig, draw_update
@@ -162,8 +163,8 @@ def flags(folder, out, **changes):
 def test_launched_twice_by_the_command_line_it_trains_one_model(folder, tmp_path, shards):
     "attack B, user.md A: README's torchrun line on a CPU; sharded, as accelerate's configuration asks for it."
     alone = pretrain(config(folder, "alone", steps=6, objective="ar", length=32, train={
-        "save_every": 3, "eval_every": 3, "learning_rate": 2.5e-3, "optimizer": "muon", "decay_fraction": 0.5,
-        "min_lr_ratio": 0.02, "warmup_steps": None, "overwrite": True}))
+        **asdict(RECIPE), "steps": 6, "batch_size": 4, "save_every": 3, "eval_every": 3, "log_every": 1, "precision": "no",
+        "progress": False, "device": "cpu", "overwrite": True}))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = ("pretrain", *flags(folder, tmp_path / "two"), "--no-progress")
     done = command(*arguments, launcher=launcher, ACCELERATE_USE_FSDP=shards)
