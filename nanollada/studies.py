@@ -71,7 +71,7 @@ def _begin(budget: str, threads: int) -> None:
 
 def provenance() -> dict[str, object]:
     "Machine, versions and threads; the commit if the code lies in a checkout, and whether it was changed."
-    call = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    call = dict(cwd=Path(nanollada.__file__).parent, capture_output=True, text=True)
     commit, dirty = (subprocess.run(["git", *words.split()], **call).stdout.strip()
                      for words in ("rev-parse --short HEAD", "status --porcelain ."))
     about = {"nanollada": nanollada.__version__, "commit": (commit or None) and commit + "+" * bool(dirty)}
@@ -85,7 +85,7 @@ def _job(study: Study, settings: dict, file: Path) -> None:
     made = provenance() | {"job_seconds": time.perf_counter() - began}
     write_json(file, {"made": made, "rows": rows})
 
-
+# %% ../nbs/20_studies.ipynb #conduct
 def conduct(study: Study, cfg: StudyConfig) -> dict:
     "Do the jobs that are not done yet, and write the report. `UserError` if one fails; the others are kept."
     plan, home, cores = study.plan(cfg.budget), cfg.out / f"{study.name}_{cfg.budget}", os.cpu_count() or 1

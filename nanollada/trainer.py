@@ -76,7 +76,8 @@ class TrainConfig:
         rows = dict.fromkeys(("batch_size", "micro_batch_size"), (1, 2**20))
         check_fields(self, **counts, **rows, learning_rate=(1e-12, 1000), clip=(1e-12, 10**12),
                      min_lr_ratio=(0, 1), warmup_steps=(0, self.steps), decay_fraction=(1e-9, 1),
-                     weight_decay=(0, 1000), adamw_ratio=(1e-3, 1000), time_budget=(1e-6, 10**9), seed=(0, 2**32 - 1))
+                     weight_decay=(0, 1000), adamw_ratio=(1e-3, 1000), time_budget=(1e-6, 10**9),
+                     seed=(0, 2**32 - 1))
         if self.resume and self.overwrite:
             raise UserError("resume is True; expected resume or overwrite: they exclude each other")
 
