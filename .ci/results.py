@@ -40,14 +40,11 @@ TABLES = {
     "demo": demo,
     "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "default_distinct_2", "default_word_entropy",
                                         "everywhere_grammatical_share", "updates")),
-    "twins": lambda: study("twins", ("excess", "excess_left", "excess_surest", "steps"), ("width", "kind"), units=8),
-    "twins small": lambda: study("twins", ("excess", "steps"), ("units", "kind"), width=128),
-    "data": lambda: study("data", ("excess", "epochs"), ("stories", "way", "steps")),
     "reversal": lambda: study("reversal"),
     "order": lambda: study("order", ("grammatical_share", "namesakes", "distinct_2", "word_entropy"), ("way",), task="stories"),
+    "heat": lambda: study("order", ("grammatical_share", "namesakes", "distinct_2", "word_entropy"), ("way",), task="temperature 1"),
+    "chains": lambda: study("order", ("excess", "excess_left", "excess_surest"), ("task",), way="scores", task="stories"),
     "sudoku": lambda: study("order", ("solved",), ("way",), task="sudoku"),
-    "guidance": lambda: study("guidance", WRITTEN, ("scale",), task="continue"),
-    "choices": lambda: study("guidance", ("right",), ("scale", "masks"), task="choose"),
     "speed": lambda: study("speed", ("tokens_per_second", "times_ar", *WRITTEN)),
 }
 

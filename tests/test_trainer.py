@@ -26,7 +26,7 @@ from nanollada.backbone import Backbone, preset
 from nanollada.checkpoint import latest_state, lock_folder
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
 from nanollada.elbo import MaskedDiffusion
-from nanollada.processes import open_processes, peak_flops, update_flops
+from nanollada.processes import apply_gradients, open_processes, peak_flops, update_flops
 from nanollada.trainer import (TrainConfig, Training, draw_update, epoch_order, lr_at, make_optimizers, mean_and_error,
                                measure, parameter_groups, rows_of_step, split_batch, train, valid_batches, warm_up)
 
@@ -530,6 +530,16 @@ def test_decay_shrinks_matrices_only():
     shrunk = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert shrunk == {"layers.0.weight", "lm_head.weight"}
     torch.testing.assert_close(model.lm_head.weight, before["lm_head.weight"] * 0.95)
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), (("muon", {"Muon": {0.01}, "AdamW": {0.03}}), ("adamw", {"AdamW": {0.01}})))
+def test_the_rest_learns_at_its_own_rate_beside_muon(optimizer, expected):
+    model = net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    made = make_optimizers(model, TrainConfig(optimizer=optimizer, adamw_ratio=3.0))
+    apply_gradients(model, made, 0.01, None)
+    assert {type(o).__name__: {round(g["lr"], 9) for g in o.param_groups} for o in made} == expected
 
 
 def test_what_no_optimizer_can_do_is_refused():
