@@ -38,11 +38,11 @@ MODELS = {"ar": ("ar", "nll"), "diffusion": ("diffusion", "nelbo"),  # run folde
 class DemoConfig:
     "How long to train each model and how much to measure. The defaults follow the budget."
     out: Path = Path("runs/demo")  # where the run folders, pictures and report go
-    seconds: float = field(default_factory=lambda: by_budget(1.5, 160.0, 300.0))  # each model may learn
+    seconds: float = field(default_factory=lambda: by_budget(1.5, 150.0, 300.0))  # each model may learn
     language: Literal["en", "zh"] | None = "en"  # of the stories; none: half English, half Chinese
     documents: int = field(default_factory=lambda: by_budget(500, 40_000, 100_000))  # stories to learn from
     scored: int = field(default_factory=lambda: by_budget(4, 64, 500))  # held-out stories to score
-    samples: int = field(default_factory=lambda: by_budget(4, 128, 500))  # stories to write, each way
+    samples: int = field(default_factory=lambda: by_budget(4, 100, 500))  # stories to write, each way
     seed: int = 0  # of stories, weights, data order, noise and samples
     progress: bool = True  # show a progress bar
     device: str | None = None  # cuda, mps, cpu; none: the best present
