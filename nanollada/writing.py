@@ -108,7 +108,8 @@ def _sudoku(seed: int) -> list[dict]:
 
 # %% ../nbs/20a_writing.ipynb #plan_order
 def _plan_order(budget: str) -> list[dict]:
-    return [{"task": task, "seed": seed} for task, seed in product(("stories", "sudoku", "temperature 1"), SEEDS[budget])]
+    tasks = "stories", "sudoku", "temperature 1"
+    return [{"task": task, "seed": seed} for task, seed in product(tasks, SEEDS[budget])]
 
 # %% ../nbs/20a_writing.ipynb #endings
 def endings(story: toy.Story) -> tuple[str, list[str]]:
