@@ -32,7 +32,7 @@ from .ar import Batch, Objective, token_nll
 from .backbone import Backbone, Denoiser, preset
 from .compare import distinct_n, grammatical_share, unigram_entropy
 from .core import (
-    UserError, by_budget, machine_record, make_generator, pick_device, read_json, write_json)
+    by_budget, machine_record, make_generator, pick_device, read_json, write_json)
 from .data import toy_tokenizer
 from .fast import WriteConfig, write_ids
 from .pretrain import RECIPE, Joint, document_rows, make_objective, score_documents
@@ -165,7 +165,7 @@ def story_rows(n: int, seed: int = 0) -> Rows:
     "n English stories, filled up with EOS."
     return Rows(document_rows(tokenizer_of_stories(), toy.sample(n, seed, "en"), ROW)[0])
 
-
+# %% ../nbs/20_studies.ipynb #new_model
 def new_model(kind: str, vocab_size: int, mask_id: int, seed: int,
               **shape: object) -> tuple[Backbone, Objective]:
     "A model of a kind (ar, diffusion, joint), untrained, and what it learns."

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import toy
-from .backbone import Backbone
 from .core import by_budget, make_generator
 from .fast import WriteConfig, write_ids
 from .likelihood import chain_rule_log_likelihood, score_choices
@@ -86,7 +85,7 @@ def sudoku_puzzles(grids: Tensor, shown: int, generator: torch.Generator) -> Ten
         puzzles.append(torch.full_like(grid, -1).index_copy(0, keep, grid[keep]))
     return torch.stack(puzzles)
 
-
+# %% ../nbs/20a_writing.ipynb #sudoku
 def _sudoku(seed: int) -> list[dict]:
     "Train on most grids and complete puzzles of the others, in several orders."
     every, draws = sudoku_grids(), make_generator(seed, "sudoku")
