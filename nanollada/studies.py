@@ -306,7 +306,7 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
     model, objective = new_model(kind, len(words), words.mask_token_id, seed)
     if "dropout" in way:
         with_dropout(model, 0.2)
-    looks = by_budget((2, 4), (50, 100, 200, 400), (200, 800, 3200, 12_800))
+    looks = by_budget((2, 4), (75, 150, 300, 600, 1200), (200, 800, 3200, 12_800))
     later = looks[-1] * objective.ar_share if kind == "joint" else 0  # before, it is an AR model only
     cfg = replace(RECIPE, steps=looks[-1], batch_size=24, seed=seed, schedule="constant", progress=False,
                   weight_decay=1.0 if "dropout" in way else RECIPE.weight_decay)
@@ -314,8 +314,9 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
     while run.step < looks[-1]:
         run.update()
         if run.step in looks and run.step > later:
-            score = score_stories(model.eval(), by_budget(4, 60), chains=run.step == looks[-1])
-            found.append({"steps": run.step, "epochs": run.step * epoch} | score)
+            dev = score_stories(model.eval(), by_budget(4, 60), DEV, chains=False)["excess"]
+            score = score_stories(model, by_budget(4, 60), chains=run.step == looks[-1])
+            found.append({"steps": run.step, "epochs": run.step * epoch, "dev": dev} | score)
             model.train()
     return found
 
