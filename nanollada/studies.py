@@ -180,7 +180,7 @@ def story_model(kind: str, seed: int, steps: int, rows: Rows | None = None, **sh
     words = tokenizer_of_stories()
     model, objective = new_model(kind, len(words), words.mask_token_id, seed, **shape)
     cfg = replace(RECIPE, steps=steps, seed=seed, progress=False)
-    train(model, objective, rows or story_rows(max(20_000, steps * cfg.batch_size)), cfg)
+    train(model, objective, rows or story_rows(max(by_budget(500, 20_000), steps * cfg.batch_size)), cfg)
     return model
 
 # %% ../nbs/20_studies.ipynb #chain_nats
@@ -201,11 +201,12 @@ def chain_nats(denoiser: Denoiser, ids: Tensor, surest: bool = False) -> Tensor:
     return nats
 
 
-def score_stories(model: Backbone, n: int, seed: int = TEST, chains: bool = True) -> dict[str, float]:
+def score_stories(model: Backbone, n: int, seed: int = TEST, chains: bool = True,
+                  canvas: int | None = ROW) -> dict[str, float]:
     "Nats a story above what the language itself pays for it: NLL or NELBO, and for diffusion two chains."
     texts, words = toy.sample(n, seed, "en"), tokenizer_of_stories()
     floor = -torch.tensor([toy.log_prob(text, "en") for text in texts], dtype=torch.float64)
-    excess = score_documents(model, words, texts, canvas=ROW, n_samples=32)[0] - floor
+    excess = score_documents(model, words, texts, canvas=canvas, n_samples=32)[0] - floor
     found = {"excess": excess.mean().item(), "stories_error": (excess.std() / n**0.5).item()}
     if chains and model.cfg.objective != "ar":
         ids = document_rows(words, texts, ROW)[0].to(model.lm_head.weight.device)
@@ -306,7 +307,7 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
     model, objective = new_model(kind, len(words), words.mask_token_id, seed)
     if "dropout" in way:
         with_dropout(model, 0.2)
-    looks = by_budget((2, 4), (75, 150, 300, 600, 1200), (200, 800, 3200, 12_800))
+    looks = by_budget((2, 4), (60, 120, 240, 480, 960), (200, 800, 3200, 12_800))
     later = looks[-1] * objective.ar_share if kind == "joint" else 0  # before, it is an AR model only
     cfg = replace(RECIPE, steps=looks[-1], batch_size=24, seed=seed, schedule="constant", progress=False,
                   weight_decay=1.0 if "dropout" in way else RECIPE.weight_decay)
