@@ -9,24 +9,17 @@ from pathlib import Path
 
 from nanollada.core import read_json
 from nanollada.demo import report_table
-from nanollada.studies import study_table
+from nanollada.studies import how_made, study_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "nbs" / "results", ("RESULTS.md", "README.md")
-
-
-def about(report: dict) -> str:
-    "How a study was made, in a line."
-    made = sorted({f"{each['machine']}, torch {each['torch']}, commit {each['commit']}" for each in report["made"]})
-    jobs = f"{report['jobs']} jobs, {report['side_by_side']} side by side, {report['job_seconds'] / 60:.0f} minutes of one thread"
-    return f"`{report['command']}`: seeds {', '.join(map(str, report['seeds']))}; {jobs}; {'; '.join(made)}."
 
 
 def study(name: str, found: tuple = (), by: tuple = (), **only: object) -> str:
     "The table of a study, of the rows that are as `only` says or have a value for what was found."
     report = read_json(RESULTS / f"{name}.json", dict)
     rows = [row for row in report["rows"] if all(row.get(k) == v for k, v in only.items()) and (not found or row.get(found[0]) is not None)]
-    return f"{study_table(rows, by or report['by'], *found)}\n\n{about(report)}"
+    return f"{study_table(rows, by or report['by'], *found)}\n\n{how_made(report)}"
 
 
 def demo() -> str:
@@ -35,9 +28,17 @@ def demo() -> str:
     return report_table(report).split("\n\nWritten by")[0]
 
 
+def poems() -> str:
+    "What the models of poems know, one training each."
+    rows = read_json(RESULTS / "poems.json", dict)["rows"]
+    lines = [f"| {row['way']} | {row['metric']} | {row['nats_per_token']:.3f} ± {row['standard_error']:.3f} | "
+             f"{row['bits_per_character']:.2f} | {row['updates']:,} |" for row in rows]
+    return "\n".join(["| way | metric | nats per token | bits per character | updates |", "|---" * 5 + "|", *lines])
+
+
 WRITTEN = ("grammatical_share", "distinct_2", "word_entropy")
 TABLES = {
-    "demo": demo,
+    "demo": demo, "poems": poems,
     "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "default_distinct_2", "default_word_entropy",
                                         "everywhere_grammatical_share", "updates")),
     "reversal": lambda: study("reversal"),
@@ -45,6 +46,13 @@ TABLES = {
     "heat": lambda: study("order", ("grammatical_share", "namesakes", "distinct_2", "word_entropy"), ("way",), task="temperature 1"),
     "chains": lambda: study("order", ("excess", "excess_left", "excess_surest"), ("task",), way="scores", task="stories"),
     "sudoku": lambda: study("order", ("solved",), ("way",), task="sudoku"),
+    "twins": lambda: study("twins", ("steps", "excess", "excess_left", "excess_surest")),
+    "data": lambda: study("data", ("excess",), ("stories", "way", "steps")),
+    "tuned": lambda: study("questions", ("dev", "forward", "second turn", "backward"), ("tuning",)),
+    "ends": lambda: study("questions", ("begins_right", "forward", *WRITTEN)),
+    "lengths": lambda: study("questions", ("excess",), ("ends",), tuning="random lengths"),
+    "guidance": lambda: study("guidance", WRITTEN, ("scale",), task="continue"),
+    "choices": lambda: study("guidance", ("right",), ("scale", "masks"), task="choose"),
     "speed": lambda: study("speed", ("tokens_per_second", "times_ar", *WRITTEN)),
 }
 

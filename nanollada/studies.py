@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SEEDS', 'ROW', 'DEV', 'TEST', 'WAYS', 'STUDIES', 'Study', 'StudyConfig', 'provenance', 'conduct',
-           'summarize', 'study_table', 'Rows', 'tokenizer_of_stories', 'story_rows', 'new_model', 'story_model',
-           'chain_nats', 'score_stories', 'judge_stories', 'write_stories', 'shape_of', 'with_dropout', 'Facts',
-           'friendships', 'guess_name']
+           'summarize', 'study_table', 'how_made', 'Rows', 'tokenizer_of_stories', 'story_rows', 'new_model',
+           'story_model', 'chain_nats', 'score_stories', 'judge_stories', 'write_stories', 'shape_of', 'with_dropout',
+           'Facts', 'friendships', 'guess_name']
 
 # %% ../nbs/20_studies.ipynb #imports
 import multiprocessing
@@ -136,6 +136,14 @@ def study_table(rows: list[dict], by: Iterable[str], *found: str) -> str:
     groups = summarize(rows, by, *(found or numbers))
     lines = [[*groups[0]], ["---"] * len(groups[0]), *([show(v) for v in group.values()] for group in groups)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def how_made(report: dict) -> str:
+    "By which command, from which seeds, in how many jobs, where and from which commits a study was made."
+    jobs = f"{report['jobs']} jobs, {report['side_by_side']} side by side"
+    made = {f"{each['machine']}, torch {each['torch']}, commit {each['commit']}" for each in report["made"]}
+    return (f"`{report['command']}`: seeds {', '.join(map(str, report['seeds']))}; {jobs}, "
+            f"{report['job_seconds'] / 60:.0f} minutes of one thread; {'; '.join(sorted(made))}.")
 
 # %% ../nbs/20_studies.ipynb #KINDS
 KINDS, SEEDS = ("ar", "diffusion", "joint"), {"smoke": (1,), "cpu": (1, 2, 3), "gpu": (1, 2, 3)}
