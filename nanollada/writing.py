@@ -171,7 +171,7 @@ def story_requests(n: int, seed: int) -> list[Conversation]:
 def _untuned(kind: str, seed: int, rows: type = Rows) -> Backbone:
     "A model of stories that is to be fine-tuned."
     learn = rows(story_rows(by_budget(500, 40_000, 200_000)).ids)
-    return story_model(kind, seed, by_budget(6, 800, 4000), learn, max_position_embeddings=256).eval()
+    return story_model(kind, seed, by_budget(6, 600, 4000), learn, max_position_embeddings=256).eval()
 
 
 def _tuned(tuning: str, seed: int) -> Backbone:
@@ -182,7 +182,7 @@ def _tuned(tuning: str, seed: int) -> Backbone:
     talks, _ = encode_pairs(talks + story_requests(n // 2, 3), words, 128)
     objective = (Autoregressive(how["per"]) if tuning == "ar" else
                  how["objective"](model.cfg.mask_token_id, model.cfg.shift, by=how["by"], per=how["per"]))
-    cfg = replace(RECIPE, steps=by_budget(4, 500, 4000), batch_size=32, seed=seed, progress=False)
+    cfg = replace(RECIPE, steps=by_budget(4, 400, 4000), batch_size=32, seed=seed, progress=False)
     train(model, objective, how["rows"](talks, words, 128, how["bucket"], how["spare"]), cfg)
     return model.eval()
 
