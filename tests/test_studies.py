@@ -12,10 +12,11 @@ from nanollada import toy
 from nanollada.backbone import as_denoiser
 from nanollada.cli import main
 from nanollada.core import UserError, read_json
+from nanollada.data import toy_tokenizer
 from nanollada.likelihood import chain_rule_log_likelihood
 from nanollada.studies import (DEV, ROW, TEST, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
                                new_model, score_stories, shape_of, story_rows, study_table, summarize, with_dropout)
-from nanollada.writing import STUDIES, endings, namesakes, sudoku_grids, sudoku_puzzles
+from nanollada.writing import STUDIES, CutRows, Flat, PaddedRows, endings, namesakes, story_requests, sudoku_grids, sudoku_puzzles
 
 
 def plan_two(budget: str) -> list[dict]:
@@ -230,3 +231,48 @@ def test_fresh_stories_are_grammatical_and_diverse():
 def test_the_command_names_the_studies_it_knows(capsys):
     assert main(["study", "nonsense"]) == 1
     assert "expected one of recipe, twins" in capsys.readouterr().err
+
+
+def talks(*sizes):
+    "Encoded conversations with a context and an answer of so many tokens; the answer ends with EOS (2)."
+    return [([([1] * context, [7] * (reply - 1) + [2])], 0.5) for context, reply in sizes]
+
+
+def test_rows_as_llada_fills_them_are_learned_to_the_end_of_the_longest():
+    rows = PaddedRows(talks((3, 2), (4, 6), (9, 3)), toy_tokenizer(), 64, 1, 0)
+    batch = rows.batch(torch.arange(3), torch.Generator().manual_seed(0))
+    end = rows.tokenizer.eos_token_id
+    for row, (context, reply) in enumerate(((3, 2), (4, 6), (9, 3))):  # shortest first
+        assert batch["ids"][row].tolist() == [1] * context + [7] * (reply - 1) + [2] + [end] * (12 - context - reply)
+        assert batch["scored"][row].tolist() == [False] * context + [True] * (12 - context)
+    assert batch["real"].all()
+
+
+def test_flat_weights_are_the_mean_over_what_is_scored():
+    rows = {"ids": torch.full((4, 9), 5), "scored": torch.arange(9).expand(4, 9) > torch.tensor([[0], [2], [4], [7]])}
+    for per, expected in (("row", [1 / 8, 1 / 6, 1 / 4, 1.0]), ("token", [1.0] * 4)):
+        batch = Flat(3, by="count", per=per).noise(rows, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(batch["weight"].flatten(), torch.tensor(expected))
+
+
+def test_one_batch_in_a_hundred_is_cut():
+    rows, draws = CutRows(torch.arange(200).view(2, 100)), torch.Generator().manual_seed(0)
+    widths = [rows.batch([0, 1], draws)["ids"].shape[1] for _ in range(4000)]
+    cut = [width for width in widths if width < 100]
+    assert 20 <= len(cut) <= 62 and min(widths) >= 2  # 40, give or take 3.5 errors
+    assert 35 < sum(cut) / len(cut) < 67
+
+
+def test_a_request_names_the_hero_of_its_story():
+    for talk in story_requests(20, 0):
+        ask, told = (turn["content"] for turn in talk.turns)
+        assert toy.is_valid(told, "en") and ask == f"Tell a story of {toy.read_story(told, toy.toy_language('en'))['hero']}."
+
+
+def test_the_shipped_weights_say_how_they_were_made():
+    from safetensors.torch import load_file
+    folder = Path(__file__).parent.parent / "nbs" / "weights"
+    about, weights = read_json(folder / "13_fast.json", dict), load_file(folder / "13_fast.safetensors")
+    assert sum(weight.numel() for weight in weights.values()) == about["parameters"]
+    assert about["command"] == "python .ci/weights.py" and about["made"]["commit"]
+    assert 0 < about["nelbo_nats_per_story"] - about["entropy_nats_per_story"] < 5
