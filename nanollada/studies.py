@@ -131,7 +131,9 @@ def study_table(rows: list[dict], by: Iterable[str], *found: str) -> str:
             return str(value)
         if value[0] != value[0]:
             return ""  # nothing of this kind was found
-        return f"{value[0]:.3g}" + f" ± {value[1]:.2g}" * (value[1] == value[1])
+        (middle, spread), few = value, abs(value[0]) < 1000
+        return (f"{middle:.3g}" if few else f"{middle:,.0f}") + (
+            f" ± {spread:.2g}" if few else f" ± {spread:,.0f}") * (spread == spread)
     numbers = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float) and k not in by)
     groups = summarize(rows, by, *(found or numbers))
     lines = [[*groups[0]], ["---"] * len(groups[0]), *([show(v) for v in group.values()] for group in groups)]
