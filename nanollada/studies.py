@@ -326,17 +326,18 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
         run.update()
         if run.step in looks and run.step > later:
             dev = score_stories(model.eval(), by_budget(4, 60), DEV, chains=False)["excess"]
-            score = score_stories(model, by_budget(4, 60), chains=run.step == looks[-1])
+            score = score_stories(model, by_budget(4, 60))
             found.append({"steps": run.step, "epochs": run.step * epoch, "dev": dev} | score)
             model.train()
     return found
 
 
 def _plan_data(budget: str) -> list[dict]:
-    sizes, ways = (60,) if budget == "smoke" else (300, 3000), (*KINDS, "ar dropout decay")
-    return [{"stories": n, "way": way, "seed": seed} for seed, n, way in product(SEEDS[budget], sizes, ways)]
-
-
+    few, fresh = (60, 90) if budget == "smoke" else (300, 1_000_000 if budget == "gpu" else 30_000)
+    ways = {few: (*KINDS, "ar dropout decay", "joint dropout decay"), fresh: KINDS}
+    if budget != "smoke":
+        ways |= {3000: (*KINDS, "ar dropout decay")}
+    return [{"stories": n, "way": way, "seed": seed} for seed in SEEDS[budget] for n in ways for way in ways[n]]
 
 # %% ../nbs/20_studies.ipynb #Facts
 class Facts(NamedTuple):

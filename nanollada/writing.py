@@ -232,6 +232,9 @@ def _guidance(seed: int) -> list[dict]:
     texts, found = toy.sample(by_budget(4, 96), TEST + seed, "en"), []
     starts = [text[: text.index(".") + 1] for text in texts]
     contexts = [[words.bos_token_id, *encode(words, start)] for start in starts]
+    own = judge_stories([text[len(start) :] for text, start in zip(texts, starts)])
+    found.append({"task": "continue", "scale": "the language itself", "grammatical_share": 1.0} |
+                 {name: own[name] for name in ("distinct_2", "word_entropy")})
     for scale in (0.0, 0.5, 1.0, 2.0, 4.0):
         how = WriteConfig(gen_length=ROW - len(contexts[0]), temperature=0.5, cfg_scale=scale, seed=seed)
         rest = words.batch_decode(write_ids(model, contexts, words, how))
@@ -264,8 +267,9 @@ def _speed(seed: int) -> list[dict]:
     for rows in (1, 4, 16):
         told, speeds, ways = {way: [] for way in SPEEDS}, {way: [] for way in SPEEDS}, [*SPEEDS]
         for turn in range(by_budget(2, 5)):  # the first is to warm up
+            n = rows * (-(-by_budget(2, 24) // rows) if turn else 1)  # whole batches
             for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-                model, n = twins["ar" if way == "ar" else "joint"], max(rows, by_budget(2, 24) * (turn > 0))
+                model = twins["ar" if way == "ar" else "joint"]
                 how, began = replace(SPEEDS[way], seed=1000 * seed + turn), time.perf_counter()
                 made = write_ids(model, [[words.bos_token_id]] * n, words, how, batch_size=rows)
                 if turn:
