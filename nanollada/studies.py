@@ -333,11 +333,13 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
 
 
 def _plan_data(budget: str) -> list[dict]:
-    few, fresh = (60, 90) if budget == "smoke" else (300, 1_000_000 if budget == "gpu" else 30_000)
-    ways = {few: (*KINDS, "ar dropout decay", "joint dropout decay"), fresh: KINDS}
-    if budget != "smoke":
-        ways |= {3000: (*KINDS, "ar dropout decay")}
-    return [{"stories": n, "way": way, "seed": seed} for seed in SEEDS[budget] for n in ways for way in ways[n]]
+    if budget == "smoke":
+        ways = {60: (*KINDS, "ar dropout decay")}
+    else:  # the last number is more than is ever drawn
+        ways = {300: (*KINDS, "ar dropout decay", "joint dropout decay"), 3000: ("ar", "diffusion"),
+                30_000 if budget == "cpu" else 1_000_000: KINDS}
+    return [{"stories": n, "way": way, "seed": seed}
+            for seed in SEEDS[budget] for n in ways for way in ways[n]]
 
 # %% ../nbs/20_studies.ipynb #Facts
 class Facts(NamedTuple):

@@ -13,10 +13,12 @@ from nanollada.backbone import as_denoiser
 from nanollada.cli import main
 from nanollada.core import UserError, read_json
 from nanollada.data import toy_tokenizer
+from nanollada.elbo import exact_nelbo
 from nanollada.likelihood import chain_rule_log_likelihood
+from nanollada.sft import encode_pairs, toy_conversations
 from nanollada.studies import (DEV, ROW, TEST, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
                                new_model, score_stories, shape_of, story_rows, study_table, summarize, with_dropout)
-from nanollada.writing import STUDIES, CutRows, Flat, PaddedRows, endings, namesakes, story_requests, sudoku_grids, sudoku_puzzles
+from nanollada.writing import STUDIES, Flat, PaddedRows, answer_nats, endings, namesakes, short_and_long, sudoku_grids, sudoku_puzzles, tempted
 
 
 def plan_two(budget: str) -> list[dict]:
@@ -71,7 +73,7 @@ def test_every_plan_has_three_seeds_and_a_file_for_each_job(name):
 def test_every_study_runs_at_the_smallest_size(name, monkeypatch):
     monkeypatch.setenv("NANOLLADA_BUDGET", "smoke")
     study = STUDIES[name]
-    some = {"order": slice(None), "reversal": slice(None), "questions": slice(-3, None)}  # of the others the last
+    some = {"order": slice(None), "reversal": slice(None), "questions": slice(2)}  # of the others the last
     plan = study.plan("smoke")[some.get(name, slice(-1, None))]
     rows = [settings | row for settings in plan for row in study.run(**settings)]
     assert study_table(rows, study.by).count("\n") >= 2
@@ -255,18 +257,40 @@ def test_flat_weights_are_the_mean_over_what_is_scored():
         torch.testing.assert_close(batch["weight"].flatten(), torch.tensor(expected))
 
 
-def test_one_batch_in_a_hundred_is_cut():
-    rows, draws = CutRows(torch.arange(200).view(2, 100)), torch.Generator().manual_seed(0)
-    widths = [rows.batch([0, 1], draws)["ids"].shape[1] for _ in range(4000)]
-    cut = [width for width in widths if width < 100]
-    assert 20 <= len(cut) <= 62 and min(widths) >= 2  # 40, give or take 3.5 errors
-    assert 35 < sum(cut) / len(cut) < 67
+def test_short_and_long_conversations_are_about_the_same_stories():
+    for short, long in zip(*short_and_long(20, 0)):
+        (ask, home), (wish, told) = ((turn["content"] for turn in talk.turns) for talk in (short, long))
+        story = toy.read_story(told, toy.toy_language("en"))
+        assert home == story["home"] and story["kind"] in ask and wish == f"Tell a story of {story['hero']}."
 
 
-def test_a_request_names_the_hero_of_its_story():
-    for talk in story_requests(20, 0):
-        ask, told = (turn["content"] for turn in talk.turns)
-        assert toy.is_valid(told, "en") and ask == f"Tell a story of {toy.read_story(told, toy.toy_language('en'))['hero']}."
+def test_temptations_are_the_other_thing_or_the_other_name():
+    for way in ("forward", "backward"):
+        talks = toy_conversations(40, 0, "en", way)
+        for right, wrong in (found := tempted(talks)):
+            text, ask = right.turns[0]["content"].split("\n")
+            story = toy.read_story(text, toy.toy_language("en"))
+            both = {right.turns[1]["content"], wrong.turns[1]["content"]}
+            assert both == ({story["toy"], story["tool"]} if way == "forward" else {story["hero"], story["other"]})
+            assert wrong.turns[0] == right.turns[0] and "friend" not in ask * (way == "forward")
+        assert len(found) == (sum("friend" not in talk.turns[0]["content"].split("\n")[1] for talk in talks) if way == "forward" else 40)
+
+
+def test_nats_of_an_answer_are_exact_for_both_kinds():
+    words, talks = toy_tokenizer(), toy_conversations(3, 0, "en", "forward")
+    for kind in ("ar", "joint"):
+        model = new_model(kind, len(words), words.mask_token_id, 0, max_position_embeddings=256)[0].eval()
+        found = answer_nats(model, talks)
+        for (pairs, _), nats in zip(encode_pairs(talks, words, 128)[0], found):
+            (context, reply), = pairs
+            if kind == "ar":
+                ids = torch.tensor([[*context, *reply]])
+                expected = torch.nn.functional.cross_entropy(model(ids, causal=True)[0, :-1], ids[0, 1:], reduction="none")[-len(reply):].sum()
+            else:
+                ids = torch.tensor([[*context, *reply]])
+                scored = torch.arange(ids.shape[1])[None] >= len(context)
+                expected = exact_nelbo(model.denoise, ids, maskable=scored)[0]
+            assert abs(float(nats) - float(expected)) < 1e-3
 
 
 def test_the_shipped_weights_say_how_they_were_made():
