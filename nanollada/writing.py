@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PLAIN', 'ORDERS', 'HOT', 'CHAPTER_14', 'TUNINGS', 'OFFICIAL', 'ENDS', 'SPEEDS', 'STUDIES', 'namesakes',
            'sudoku_grids', 'sudoku_puzzles', 'PaddedRows', 'Flat', 'conversation', 'short_and_long', 'tempted',
-           'answer_nats', 'endings']
+           'answer_nats', 'CutRows', 'endings']
 
 # %% ../nbs/20a_writing.ipynb #imports
 import re
 import time
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import permutations, product
 from statistics import mean, median
@@ -32,7 +32,7 @@ from .sft import (
     ROLES, Conversation, SftRows, answer, encode_pairs, exact_match, toy_conversations)
 from .studies import (
     DEV, ROW, SEEDS, TEST, Rows, Study, judge_stories, new_model, score_stories, story_model,
-    tokenizer_of_stories, write_stories)
+    story_rows, tokenizer_of_stories, write_stories)
 from .studies import STUDIES as TRAINING_STUDIES
 from .tokenizer import encode, encode_batch
 from .trainer import train
@@ -242,6 +242,34 @@ def _questions(tuning: str, seed: int) -> list[dict]:
         found[f"{name}_chosen"] = (right < wrong).float().mean().item()
     return [{"ends": "what it knows"} | found, *_canvases(model, by_budget(4, 48), seed)]
 
+# %% ../nbs/20a_writing.ipynb #CutRows
+@dataclass
+class CutRows:
+    "Rows of which a share of the batches is cut to a random length (LLaDA, §2.2)."
+    rows: Rows
+    share: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
+        "These rows, or their beginnings, two tokens or more."
+        (chance, size), batch = torch.rand(2, generator=generator).tolist(), self.rows.batch(indices)
+        most = 2 + int(size * (batch["ids"].shape[1] - 1)) if chance < self.share else None
+        return {name: value[:, :most] for name, value in batch.items()}
+
+
+def _lengths(cut: float, seed: int) -> list[dict]:
+    "Train with so many batches cut; price stories, and beginnings of stories."
+    words, n = tokenizer_of_stories(), by_budget(6, 800, 4000)
+    rows = CutRows(story_rows(by_budget(500, 40_000, 200_000)), cut)
+    model, texts = story_model("joint", seed, n, rows).eval(), toy.sample(by_budget(4, 60), TEST, "en")
+    draws = make_generator(seed, "beginnings")
+    begun = [encode(words, text)[: 4 + int(torch.randint(40, (1,), generator=draws))] for text in texts]
+    nats = -log_likelihood_batch(model.denoise, [[words.bos_token_id]] * len(begun), begun, n_samples=32).mean
+    per_token = nats.sum().item() / sum(map(len, begun))
+    return [score_stories(model, len(texts), chains=False) | {"beginnings_nats_per_token": per_token}]
+
 # %% ../nbs/20a_writing.ipynb #endings
 def endings(story: toy.Story) -> tuple[str, list[str]]:
     "A story up to its last sentence, and four last sentences: right, wrong home, wrong hero, both wrong."
@@ -313,6 +341,10 @@ def _plan_seeds(budget: str) -> list[dict]:
     return [{"seed": seed} for seed in SEEDS[budget]]
 
 
+def _plan_lengths(budget: str) -> list[dict]:
+    return [{"cut": cut, "seed": seed} for seed in SEEDS[budget] for cut in (0.0, 0.01, 0.2)]
+
+
 def _plan_questions(budget: str) -> list[dict]:
     return [{"tuning": tuning, "seed": seed}
             for seed in SEEDS[budget] for tuning in TUNINGS]
@@ -323,6 +355,7 @@ STUDIES = TRAINING_STUDIES | {study.name: study for study in (
           ("task", "way")),
     Study("questions", "Which choices of fine-tuning matter, and for what?", _plan_questions, _questions,
           ("tuning", "ends", "canvas")),
+    Study("lengths", "What do batches of random length buy?", _plan_lengths, _lengths, ("cut",)),
     Study("guidance", "What does guidance buy; how many masks does a choice need?", _plan_seeds, _guidance,
           ("task", "scale", "masks")),
     Study("speed", "How fast does each twin write, how well, how many at once?", _plan_seeds, _speed,

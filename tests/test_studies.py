@@ -16,9 +16,9 @@ from nanollada.data import toy_tokenizer
 from nanollada.elbo import exact_nelbo
 from nanollada.likelihood import chain_rule_log_likelihood
 from nanollada.sft import encode_pairs, toy_conversations
-from nanollada.studies import (DEV, ROW, TEST, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
+from nanollada.studies import (DEV, ROW, TEST, Rows, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
                                new_model, score_stories, shape_of, story_rows, study_table, summarize, with_dropout)
-from nanollada.writing import STUDIES, Flat, PaddedRows, answer_nats, endings, namesakes, short_and_long, sudoku_grids, sudoku_puzzles, tempted
+from nanollada.writing import STUDIES, CutRows, Flat, PaddedRows, answer_nats, endings, namesakes, short_and_long, sudoku_grids, sudoku_puzzles, tempted
 
 
 def plan_two(budget: str) -> list[dict]:
@@ -255,6 +255,14 @@ def test_flat_weights_are_the_mean_over_what_is_scored():
     for per, expected in (("row", [1 / 8, 1 / 6, 1 / 4, 1.0]), ("token", [1.0] * 4)):
         batch = Flat(3, by="count", per=per).noise(rows, torch.Generator().manual_seed(0))
         torch.testing.assert_close(batch["weight"].flatten(), torch.tensor(expected))
+
+
+def test_so_many_batches_are_cut():
+    rows, draws = CutRows(Rows(torch.arange(200).view(2, 100)), 0.01), torch.Generator().manual_seed(0)
+    widths = [rows.batch([0, 1], draws)["ids"].shape[1] for _ in range(4000)]
+    cut = [width for width in widths if width < 100]
+    assert 20 <= len(cut) <= 62 and min(widths) >= 2  # 40, give or take 3.5 errors
+    assert 35 < sum(cut) / len(cut) < 67 and len(rows) == 2
 
 
 def test_short_and_long_conversations_are_about_the_same_stories():
