@@ -163,6 +163,22 @@ def tempted(talks: list[Conversation]) -> list[tuple[Conversation, Conversation]
         found += [(talk, conversation(ask, other)) for other in others]
     return found
 
+# %% ../nbs/20a_writing.ipynb #answer_nats
+@torch.no_grad()
+def answer_nats(model: Backbone, talks: list[Conversation]) -> Tensor:
+    "Nats (n,) of each conversation's last answer, one token, and its end: exact for both kinds of model."
+    words, device = tokenizer_of_stories(), model.lm_head.weight.device
+    pairs = [pairs[-1] for pairs, _ in encode_pairs(talks, words, 128)[0]]
+    if model.cfg.objective != "ar":
+        contexts, replies = ([torch.tensor(part, device=device) for part in parts] for parts in zip(*pairs))
+        return -log_likelihood_batch(model.denoise, contexts, replies, n_samples=3).mean  # all three masks
+    found = []
+    for context, reply in pairs:
+        ids = torch.tensor([[*context, *reply]], device=device)
+        logits = model(ids, causal=True)[0, len(context) - 1 : -1]
+        found.append(token_nll(logits, ids[0, len(context) :]).sum().cpu().double())
+    return torch.stack(found)
+
 # %% ../nbs/20a_writing.ipynb #CHAPTER_14
 CHAPTER_14 = dict(objective=MaskedDiffusion, by="count", per="row", rows=SftRows, bucket=8, spare=1, rate=1.0)
 TUNINGS = {"ar": dict(bucket=1, spare=0), "as in chapter 14": {}, "a level (Eq. 5)": dict(by="level"),
@@ -196,25 +212,9 @@ def _tuned(tuning: str, seed: int) -> Backbone:
     train(model, objective, how["rows"](talks, words, 128, how["bucket"], how["spare"]), cfg)
     return model.eval()
 
-# %% ../nbs/20a_writing.ipynb #answer_nats
-@torch.no_grad()
-def answer_nats(model: Backbone, talks: list[Conversation]) -> Tensor:
-    "Nats (n,) of each conversation's last answer, one token, and its end: exact for both kinds of model."
-    words, device = tokenizer_of_stories(), model.lm_head.weight.device
-    pairs = [pairs[-1] for pairs, _ in encode_pairs(talks, words, 128)[0]]
-    if model.cfg.objective != "ar":
-        contexts, replies = ([torch.tensor(part, device=device) for part in parts] for parts in zip(*pairs))
-        return -log_likelihood_batch(model.denoise, contexts, replies, n_samples=3).mean  # all three masks
-    found = []
-    for context, reply in pairs:
-        ids = torch.tensor([[*context, *reply]], device=device)
-        logits = model(ids, causal=True)[0, len(context) - 1 : -1]
-        found.append(token_nll(logits, ids[0, len(context) :]).sum().cpu().double())
-    return torch.stack(found)
-
-
+# %% ../nbs/20a_writing.ipynb #canvases
 def _canvases(model: Backbone, n: int, seed: int) -> list[dict]:
-    "Short answers and stories on two canvases, written in several ways: right answers, good stories, lengths."
+    "Short answers and stories on two canvases, written in several ways: how many are right, and how long."
     words, lang, found = tokenizer_of_stories(), toy.toy_language("en"), []
     short, long = short_and_long(n, TEST)
     wishes, wanted = ([talk.turns[turn]["content"] for talk in long] for turn in (0, 1))

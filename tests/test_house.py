@@ -162,8 +162,8 @@ def parameters(function: ast.FunctionDef) -> list[ast.arg]:
 
 def test_the_package_is_small():
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    assert sum(lines.values()) <= 5650  # and at most 6,500 with all that is still to come
-    assert sum(lines.values()) - lines["studies"] - lines["writing"] <= 5040
+    assert sum(lines.values()) <= 5840  # and at most 6,500 with all that is still to come
+    assert sum(lines.values()) - lines["studies"] - lines["writing"] <= 5050
 
 
 @pytest.mark.parametrize("module", MODULES)
