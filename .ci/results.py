@@ -3,6 +3,7 @@
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. So every number there is in a saved file.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -36,9 +37,19 @@ def poems() -> str:
     return "\n".join(["| way | metric | nats per token | bits per character | updates |", "|---" * 5 + "|", *lines])
 
 
+def poem_speed() -> str:
+    "How fast poems are written, by each batch size and way, one training each."
+    about, *records = json.loads((RESULTS / "poems_speed.json").read_text(encoding="utf-8"))
+    ar = {row["rows"]: row["times_plain"] for row in records if row["variant"] == "ar"}
+    lines = [f"| {row['rows']} | {row['variant']} | {row['tokens_per_second']:,.0f} | {row['times_plain'] / ar[row['rows']]:.2f} | "
+             f"{row['judge']:.2f} ± {row['judge_error']:.2f} | {row['distinct_2']:.2f} |" for row in records]
+    return "\n".join(["| rows | way | tokens/s | times AR | NLL under the AR twin | distinct pairs |", "|---" * 6 + "|", *lines, "",
+                      f"`{about['command']}`: one thread; {about['machine']}, torch {about['torch']}."])
+
+
 WRITTEN = ("grammatical_share", "distinct_2", "word_entropy")
 TABLES = {
-    "demo": demo, "poems": poems,
+    "demo": demo, "poems": poems, "poem speed": poem_speed,
     "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "default_distinct_2", "default_word_entropy",
                                         "everywhere_grammatical_share", "updates")),
     "reversal": lambda: study("reversal"),
