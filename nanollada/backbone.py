@@ -28,6 +28,11 @@ class Visibility:
     causal: bool = False  # whether a position sees only positions up to its own
     real: Tensor | None = None  # (B, T), 1 = real token, 0 = padding, which nobody sees; T covers all keys
     documents: Tensor | None = None  # (B, T); a token sees only tokens of its own document
+    limit: Tensor | None = None  # (1 or B, T); a token sees only columns before its limit (chapter 16)
+
+    def reach(self, ids: Tensor, past: int = 0) -> int:
+        "How many tokens of the context ids (B, L) and the `past` before them take."
+        return past + ids.shape[-1]
 
     def positions(self, ids: Tensor, past: int = 0) -> Tensor:
         "Positions (1 or B, L) of ids that follow `past` others, counted from the first real token."
@@ -38,12 +43,14 @@ class Visibility:
     def table(self, ids: Tensor, past: int = 0, seen: int | None = None) -> Tensor | None:
         "Bool (1 or B, 1, 1 or L, keys), True = sees, keys up to `seen`; None where the kernel needs none."
         end, simple = past + ids.shape[1], not self.causal or past == 0 or ids.shape[1] == 1
-        if self.real is None and self.documents is None and simple:
+        if self.real is None and self.documents is None and self.limit is None and simple:
             return None
         answers = torch.arange(seen or end, device=ids.device)
         table = (answers <= answers[past:end, None] if self.causal else answers[None] >= 0)[None]
         if self.real is not None:
             table = table & self.real[:, None, : len(answers)].bool()
+        if self.limit is not None:
+            table = table & (answers < self.limit[:, past:end, None])
         if self.documents is not None:
             table = table & (self.documents[:, past:end, None] == self.documents[:, None, : len(answers)])
         return (table | ~table.any(-1, keepdim=True))[:, None]  # who would see nobody sees all: no 0/0
@@ -64,9 +71,11 @@ class BackboneConfig:
     tie_word_embeddings: bool = False  # one matrix for reading and writing tokens
     qk_norm: bool = False  # normalise queries and keys of each head, as Qwen3 does
     initializer_range: float = 0.02  # standard deviation of the initial weights
-    objective: Literal["ar", "diffusion"] = "diffusion"  # what the weights were trained for
+    objective: Literal["ar", "diffusion", "block"] = "diffusion"  # what the weights were trained for
     shift: bool = False  # diffusion only: logits at i-1 answer for position i
     mask_token_id: int | None = None  # id of [MASK]
+    block_length: int | None = None  # block only: tokens written together (chapter 16)
+    causal_clean: bool = False  # block only: written text sees only what came before, as in an ar model
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
@@ -82,6 +91,9 @@ class BackboneConfig:
         if self.hidden_size % (2 * heads) or heads % groups:
             raise UserError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key/value heads: "
                             "expected heads of even width that share keys evenly")
+        if (self.objective == "block") != (self.block_length is not None):
+            raise UserError(f"block_length is {self.block_length}, the objective {self.objective}: "
+                            "expected a length for a block model, and for no other")
         self.head_dim = self.hidden_size // heads  # width of one attention head
 
 # %% ../nbs/04_backbone.ipynb #rope_frequencies
@@ -219,8 +231,9 @@ class Backbone(nn.Module):
         who = causal if isinstance(causal, Visibility) else Visibility(causal)
         past, seen = (0, None) if cache is None else (cache.length, cache.seen)
         room, size = self.cfg.max_position_embeddings - past, self.cfg.vocab_size
-        if not 1 <= ids.shape[-1] <= room:
-            raise UserError(f"{ids.shape[-1]} tokens behind {past}: expected 1 to {room} (the context)")
+        new = who.reach(ids, past) - past
+        if not 1 <= new <= room:
+            raise UserError(f"{new} tokens behind {past}: expected 1 to {room} (the context)")
         if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
             raise UserError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary has {size}")
         hidden = self.model(ids, who.positions(ids, past), who.table(ids, past, seen), who.causal, cache)

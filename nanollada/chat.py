@@ -8,6 +8,7 @@ __all__ = ['MASK_BOX', 'canvas_text', 'ChatStep', 'Chat', 'show_in_terminal', 'r
 # %% ../nbs/14a_chat.ipynb #imports
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, groupby
 from typing import NamedTuple, TextIO
 
@@ -40,10 +41,11 @@ class ChatStep(NamedTuple):
 
 # %% ../nbs/14a_chat.ipynb #Chat
 class Chat:
-    "A conversation with a fine-tuned model of either objective; `settings` are fields of `WriteConfig`."
-    def __init__(self, model: Backbone, tokenizer: Tokenizer, system: str | None = None, **settings: object):
+    "A conversation with a fine-tuned model of any objective; `settings` are changes to `cfg`."
+    def __init__(self, model: Backbone, tokenizer: Tokenizer, system: str | None = None,
+                 cfg: WriteConfig | None = None, **settings: object):
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.cfg, self.form = WriteConfig(**settings), ChatFormat(tokenizer)
+        self.cfg, self.form = replace(cfg or WriteConfig(), **settings), ChatFormat(tokenizer)
         self.cfg.policy(model.cfg.objective, tokenizer.eos_token_id)  # raises for what this model cannot do
         self.reset()
 

@@ -89,13 +89,13 @@ def _documents(asked: object, part: str) -> list[str]:
 
 # %% ../nbs/90_cli.ipynb #pretrain
 def pretrain(cfg: Any) -> None:
-    "Train an autoregressive or a diffusion model on text, from scratch or from another run."
-    _say_trained(cfg.out, nanollada.pretrain.pretrain(cfg), "token")
+    "Train a model of any objective on text, from scratch or from another run."
+    _say_trained(cfg.out, nanollada.blocks.pretrain_any(cfg), "token")
 
 
 def sft(cfg: Any) -> None:
-    "Fine-tune a run of either objective on conversations."
-    result, statistics = nanollada.sft.sft(cfg)
+    "Fine-tune a run of any objective on conversations."
+    result, statistics = nanollada.sft.sft(cfg, nanollada.blocks.objective_of)
     _say(statistics)
     _say_trained(cfg.out, result, "answer token")
 
@@ -122,7 +122,7 @@ class Generate:
     def run(self, writing: Any) -> None:
         nanollada.trainer.check_fields(self, samples=(1, 10_000))
         run = nanollada.backbone.load_run(self.folder, self.device)[:2]
-        texts = nanollada.fast.generate_text(run, [self.prompt] * self.samples, **vars(writing))
+        texts = nanollada.fast.generate_text(run, [self.prompt] * self.samples, cfg=writing)
         self.say(texts, writing.temperature)
 
     def say(self, texts: list[str], temperature: float) -> None:
@@ -144,7 +144,8 @@ class Infill(Generate):
     def run(self) -> None:
         nanollada.trainer.check_fields(self, samples=(1, 256))
         model, tokenizer, _ = nanollada.backbone.load_run(self.folder, self.device)
-        _refuse(model.cfg.objective == "ar", f"{self.folder} is an ar model, which cannot fill gaps")
+        kind = model.cfg.objective
+        _refuse(kind != "diffusion", f"{self.folder} is of objective {kind}, and cannot fill gaps")
         canvas = self.canvas(tokenizer, model.cfg.max_position_embeddings)
         rows = nanollada.sampler.left_pad([canvas] * self.samples, 0)[0].to(model.lm_head.weight.device)
         noise = nanollada.core.make_generator(self.seed, "infill", device=rows.device)
@@ -175,8 +176,8 @@ class Chat:
         if not nanollada.compare.is_chat(info):
             _say(f"note: {self.folder} was not fine-tuned on conversations: expect no answers", sys.stderr)
         try:
-            how = vars(nanollada.sft.with_canvas(writing, info))
-            nanollada.chat.run_chat(nanollada.chat.Chat(model, tokenizer, self.system, **how))
+            how = nanollada.sft.with_canvas(writing, info)
+            nanollada.chat.run_chat(nanollada.chat.Chat(model, tokenizer, self.system, how))
         except KeyboardInterrupt:  # as at the end of the input
             print()
 
@@ -258,7 +259,8 @@ def _measure(cfg: Eval, writing: Any) -> dict:
         "run": str(cfg.folder), "objective": info["objective"], "seed": writing.seed,
         "language": cfg.language, "direction": cfg.direction}
     if texts:
-        found |= score_text(model, tokenizer, texts, cfg.masks, cfg.canvas, cfg.content_only, writing.seed)
+        found |= score_text(model, tokenizer, texts, cfg.masks, cfg.canvas, cfg.content_only, writing.seed,
+                            nanollada.blocks.block_nats if model.cfg.block_length else None)
     if questions:
         how = nanollada.sft.with_canvas(writing, info)
         found["questions"] = score_questions(model, tokenizer, questions, how)
@@ -279,12 +281,12 @@ def demo(cfg: Any) -> None:
 
 @dataclass
 class Study:
-    "Repeat a study of chapters 20 and 20a: many small trainings side by side, and one table."
-    name: Positional[str]  # of the study: recipe, twins, data, reversal, order, guidance or speed
+    "Repeat a study of chapters 20 to 20b: many small trainings side by side, and one table."
+    name: Positional[str]  # of the study, such as recipe; a name that is none lists them all
 
     def run(self, cfg: Any) -> None:
         from nanollada.studies import conduct, study_table
-        known = nanollada.writing.STUDIES
+        known = nanollada.beyond.STUDIES
         _refuse(self.name not in known, f"study is {self.name!r}; expected one of {', '.join(known)}")
         report = conduct(known[self.name], cfg)
         _say(f"{report['question']}\n\n{study_table(report['rows'], report['by'])}\n")
@@ -297,11 +299,12 @@ def bench(cfg: Any) -> None:
         _say(line)
 
 
+_WRITING = "blocks:BlockWriteConfig"
 VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more classes of flags
     "demo": (demo, "demo:DemoConfig"), "data": (Data,), "tokenizer": (Tokenizer,),
-    "pretrain": (pretrain, "pretrain:PretrainConfig"), "sft": (sft, "sft:SftConfig"),
-    "generate": (Generate, "fast:WriteConfig"), "infill": (Infill,), "chat": (Chat, "fast:WriteConfig"),
-    "compare": (Compare, "fast:WriteConfig"), "eval": (Eval, "fast:WriteConfig"),
+    "pretrain": (pretrain, "blocks:BlockPretrainConfig"), "sft": (sft, "sft:SftConfig"),
+    "generate": (Generate, _WRITING), "infill": (Infill,), "chat": (Chat, _WRITING),
+    "compare": (Compare, _WRITING), "eval": (Eval, _WRITING),
     "study": (Study, "studies:StudyConfig"),
     "bench train": (bench, "bench:TrainBench"), "bench sample": (bench, "bench:SampleBench")}
 

@@ -12,6 +12,7 @@ __all__ = ['time_answer', 'context_ids', 'is_chat', 'Pair', 'open_pair', 'settin
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import indent
@@ -21,7 +22,7 @@ import torch
 
 from .backbone import Backbone, load_run
 from .core import UserError, atomic_path, machine_record, make_generator, printable, write_json
-from .fast import DIFFUSION_SETTINGS, WriteConfig, check_room, write_ids, write_steps
+from .fast import WriteConfig, check_room, write_ids, write_steps
 from .guidance import trim_answers
 from .likelihood import bits_per_byte
 from .pretrain import score_documents
@@ -70,19 +71,21 @@ def open_pair(ar: str | Path, diffusion: str | Path, device: str | None = None) 
     "Open two run folders. Raises `UserError` if they are of the wrong kinds or do not belong together."
     models, tokenizers, infos = zip(*(load_run(folder, device) for folder in (ar, diffusion)))
     kinds = [info["objective"] for info in infos]
-    if kinds != ["ar", "diffusion"]:
-        raise UserError(f"{ar}, {diffusion} are of objective {', '.join(kinds)}; expected ar, diffusion")
+    if kinds[0] != "ar" or kinds[1] == "ar":
+        raise UserError(f"{ar}, {diffusion} are of objective {', '.join(kinds)}; expected ar, diffusion "
+                        "or ar, block")
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise UserError(f"{ar} and {diffusion} have different vocabularies: take runs with one tokenizer")
     if is_chat(infos[0]) != is_chat(infos[1]):
         raise UserError(f"one of {ar}, {diffusion} was fine-tuned on conversations: take two such, or none")
-    return Pair(dict(zip(kinds, models)), tokenizers[0], dict(zip(kinds, infos)))
+    names = "ar", "diffusion"
+    return Pair(dict(zip(names, models)), tokenizers[0], dict(zip(names, infos)))
 
 # %% ../nbs/15_compare.ipynb #settings_for
 def settings_for(cfg: WriteConfig, info: dict) -> WriteConfig:
     "The settings that this run understands, with the canvas of its fine-tuning if none is named."
-    alien = DIFFUSION_SETTINGS if info["objective"] == "ar" else ()
-    return with_canvas(replace(cfg, **{name: getattr(WriteConfig, name) for name in alien}), info)
+    alien = cfg.alien if info["objective"] == "ar" else ()
+    return with_canvas(replace(cfg, **{name: getattr(type(cfg), name) for name in alien}), info)
 
 
 def compare_answers(pair: Pair, prompts: list[str], cfg: WriteConfig, repeats: int = 3) -> list[dict]:
@@ -222,14 +225,15 @@ def judged_nll(judge: Backbone, tokenizer: Tokenizer, texts: list[str]) -> tuple
 
 # %% ../nbs/15_compare.ipynb #score_text
 def score_text(model: Backbone, tokenizer: Tokenizer, texts: list[str], masks: int = 32,
-               canvas: int | None = None, content_only: bool = False, seed: int = 0) -> dict:
+               canvas: int | None = None, content_only: bool = False, seed: int = 0,
+               nats_of: Callable | None = None) -> dict:
     "NLL or NELBO of documents; those that do not fit are counted. Raises `UserError` if none fits."
     room, is_ar = canvas or model.cfg.max_position_embeddings, model.cfg.objective == "ar"
     fitting = [text for text in texts if len(encode(tokenizer, text)) + 2 <= room]
     if not fitting:
         raise UserError(f"none of {len(texts)} documents fits {room} tokens")
     costs, counts = score_documents(model, tokenizer, fitting, n_samples=masks, canvas=canvas,
-                                    score_end=not content_only, seed=seed)
+                                    score_end=not content_only, seed=seed, nats_of=nats_of)
     (mean, error), total, whole = ratio_of(costs, counts), costs.sum(), "".join(fitting)
     return _finite({
         "metric": "NLL" if is_ar else "NELBO", "nats_per_token": mean, "standard_error": error,
@@ -246,7 +250,7 @@ def _finite(found: dict) -> dict:
 # %% ../nbs/15_compare.ipynb #score_questions
 def score_questions(model: Backbone, tokenizer: Tokenizer, talks: list, cfg: WriteConfig) -> dict:
     "How many `Conversation`s are answered to the letter: exact match with standard error, number, settings."
-    share, error = share_of(exact_match(model, tokenizer, talks, **vars(cfg))[0])
+    share, error = share_of(exact_match(model, tokenizer, talks, cfg=cfg)[0])
     found = {"exact_match": share, "standard_error": error, "questions": len(talks), "settings": asdict(cfg)}
     return _finite(found)
 

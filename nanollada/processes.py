@@ -155,7 +155,8 @@ def open_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
                         "or choose another folder")
     for name in ("model.safetensors", "config.json", "metrics.jsonl", "loss.png"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "state", ignore_errors=True)
+    for name in ("state", "kept"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 # %% ../nbs/98a_processes.ipynb #stop_signals
 @contextmanager

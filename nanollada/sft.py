@@ -15,7 +15,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
+from .ar import Objective
 from .backbone import Backbone, load_run, save_run
 from .core import UserError, make_generator
 from .data import held_out_rank
@@ -290,8 +291,8 @@ def with_canvas(cfg: WriteConfig, info: dict) -> WriteConfig:
     return replace(cfg, gen_length=cfg.gen_length or wanted)
 
 # %% ../nbs/14_sft.ipynb #sft
-def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
-    "Fine-tune a run and leave a run folder: how it went, and what was used and dropped. Raises `UserError`."
+def sft(cfg: SftConfig, learn: Callable[[Backbone], Objective] | None = None) -> tuple[TrainResult, dict]:
+    "Fine-tune a run (`learn`: another objective); how it went, what was used and dropped. `UserError`."
     model, tokenizer, _ = load_run(cfg.init_from, device="cpu")
     is_ar = model.cfg.objective == "ar"
     model.cfg.max_position_embeddings = max(cfg.length, model.cfg.max_position_embeddings)
@@ -308,13 +309,15 @@ def sft(cfg: SftConfig) -> tuple[TrainResult, dict]:
     content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
     record = {"sft": {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas},
               "fixed": {"length": cfg.length, **filling, "content": content}, "statistics": facts}
-    return train(model, make_objective(model.cfg, per="row", by="count"), rows, cfg.train, valid, cfg.out,
+    objective = learn(model) if learn else make_objective(model.cfg, per="row", by="count")
+    return train(model, objective, rows, cfg.train, valid, cfg.out,
                  lambda run, folder, weights=None: save_run(run, tokenizer, folder, weights), record), facts
 
 # %% ../nbs/14_sft.ipynb #answer
-def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list], **settings: object) -> list[str]:
-    "Answer questions or conversations, with these fields of `WriteConfig`. `UserError` for bad or long ones."
-    form, cfg = ChatFormat(tokenizer), WriteConfig(**settings)
+def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list],
+           cfg: WriteConfig | None = None, **settings: object) -> list[str]:
+    "Answer questions or conversations; `settings` are changes to `cfg`. `UserError` for bad or long ones."
+    form, cfg = ChatFormat(tokenizer), replace(cfg or WriteConfig(), **settings)
     talks = [[{"role": "user", "content": turns}] if isinstance(turns, str) else turns for turns in asked]
     contexts = [form.context(form.encode(check_turns(turns, training=False))) for turns in talks]
     found = write_ids(model, contexts, tokenizer, cfg)

@@ -250,7 +250,7 @@ MISTAKES = {
     "no run": (["generate", "none"], "none/config.json: no such file"),
     "no prompt room": (["generate", "{runs}/diffusion", "--gen-length", "5000"], "context of 512"),
     "infill without a gap": (["infill", "{runs}/diffusion", "--prompt", "On"], r"no gap in 'On': write <\|mask\|>"),
-    "infill by an ar model": (["infill", "{runs}/ar", "--prompt", "On <|mask|>"], "ar model, which cannot fill gaps"),
+    "infill by an ar model": (["infill", "{runs}/ar", "--prompt", "On <|mask|>"], "objective ar, and cannot fill gaps"),
     "infill beyond the context": (["infill", "{runs}/diffusion", "--prompt", "On <|mask|>", "--gap", "511"], "context of 512"),
     "tokenizer for nothing": (["tokenizer", "--out", "x"], "give --data to learn from, or --show TEXT"),
     "steps do not divide": (["generate", "{runs}/diffusion", "--gen-length", "12", "--block-length", "4", "--steps", "7"], "multiple of 3"),

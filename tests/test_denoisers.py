@@ -6,18 +6,18 @@ from hash_oracle import MASK_ID, VOCAB, hash_oracle
 
 from nanollada.backbone import Backbone, BackboneConfig, as_denoiser
 from nanollada.core import UserError, make_generator
-from nanollada.fast import CachedDenoiser, CausalDenoiser
+from nanollada.fast import BlockDenoiser, CachedDenoiser, CausalDenoiser
 from nanollada.guidance import RestrictedDenoiser
 from nanollada.sampler import GuidedDenoiser, Policy, finish, generate, write
 
 LENGTH = 9
 
 
-def network(objective="diffusion", shift=False):
+def network(objective="diffusion", shift=False, **blocks):
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
     cfg = BackboneConfig(VOCAB, **shape, max_position_embeddings=64, objective=objective, shift=shift, mask_token_id=MASK_ID,
-                         initializer_range=0.3)
+                         initializer_range=0.3, **blocks)
     return Backbone(cfg).double().eval()
 
 
@@ -35,6 +35,8 @@ DENOISERS = {
     "shifted": lambda: network(shift=True).denoise,
     "cached": lambda: CachedDenoiser(network(shift=True)),
     "causal": lambda: CausalDenoiser(network("ar")),
+    "blocks": lambda: BlockDenoiser(network("block", block_length=3, causal_clean=True), 2),
+    "blocks read by blocks": lambda: BlockDenoiser(network("block", block_length=4)),
     "guided": lambda: guided(as_denoiser(hash_oracle, MASK_ID)),
     "guided cached": lambda: guided(CachedDenoiser(network())),
     "restricted": lambda: restricted(network().denoise),
@@ -93,6 +95,8 @@ def test_opened_it_writes_the_same(denoiser, temperature):
     "A cache is refreshed before each pass, or exact: writing with it is writing without it, padding, early ends and all."
     if isinstance(getattr(denoiser, "denoiser", denoiser), CachedDenoiser):
         (getattr(denoiser, "denoiser", denoiser)).refresh = "always"
+    if isinstance(denoiser, BlockDenoiser):
+        denoiser.model.cfg.block_length = 1  # blocks are written one by one
     ids, real = canvas(4), torch.ones(4, LENGTH, dtype=torch.long)
     real[1, :2] = real[2, :4] = 0
     streams = lambda: [make_generator(0, row) for row in range(4)]
@@ -111,9 +115,9 @@ def test_ids_outside_the_vocabulary_are_an_error():
 
 
 def test_each_kind_of_model_has_its_writer():
-    with pytest.raises(UserError, match="autoregressive"):
+    with pytest.raises(UserError, match="CachedDenoiser takes diffusion"):
         CachedDenoiser(network("ar"))
-    with pytest.raises(UserError, match="diffusion model"):
+    with pytest.raises(UserError, match="CausalDenoiser takes ar"):
         CausalDenoiser(network())
     with pytest.raises(UserError, match="one token"):
         generate(CausalDenoiser(network("ar")), torch.tensor([[1, 2]]), gen_length=4, block_length=2)

@@ -162,8 +162,8 @@ def parameters(function: ast.FunctionDef) -> list[ast.arg]:
 
 def test_the_package_is_small():
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    assert sum(lines.values()) <= 5840  # and at most 6,500 with all that is still to come
-    assert sum(lines.values()) - lines["studies"] - lines["writing"] <= 5050
+    assert sum(lines.values()) <= 6480  # the plan for the whole house was 6,500
+    assert sum(lines.values()) - sum(lines[name] for name in ("studies", "writing", "beyond")) <= 5550
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -180,7 +180,7 @@ def test_modules_and_functions_are_small(module):
     assert not joined, f"statements joined in one line: {joined}"
 
 
-KNOWN = ("forward", "at", "noise", "terms", "denoiser", "open", "focus", "batch", "run")  # explained once, by a base or a protocol
+KNOWN = ("forward", "at", "noise", "terms", "denoiser", "open", "focus", "batch", "run", "who")  # explained once, by a base or a protocol
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -8,8 +8,9 @@ import torch
 from nanollada import sampler
 from nanollada.ar import Autoregressive, with_places
 from nanollada.backbone import Backbone, preset
+from nanollada.blocks import BlockDiffusion, BlockNoise
 from nanollada.elbo import MaskedDiffusion
-from nanollada.fast import CachedDenoiser, CausalDenoiser
+from nanollada.fast import BlockDenoiser, CachedDenoiser, CausalDenoiser
 from nanollada.guidance import RestrictedDenoiser
 from nanollada.sampler import Policy, by_threshold, finish, generate, prompt_canvas, write
 from nanollada.trainer import TrainConfig, make_optimizers
@@ -18,6 +19,8 @@ V, MASK = 40, 39
 
 
 def model_on_meta(objective="diffusion", **changes):
+    if objective == "block":
+        changes = {"block_length": 4, "causal_clean": True} | changes
     with torch.device("meta"):
         return Backbone(preset("toy", V, objective=objective, mask_token_id=MASK, **changes))
 
@@ -42,6 +45,9 @@ OBJECTIVES = {
     "diffusion, padded": (MaskedDiffusion(MASK), {"padded": True}),
     "diffusion, documents apart": (MaskedDiffusion(MASK), {"documents": True}),
     "ar, documents apart": (Autoregressive(), {"documents": True}),
+    "blocks": (BlockDiffusion(MASK, BlockNoise(4), causal=True, confidence=1.0), {}),
+    "blocks, padded, by rows, in pairs": (BlockDiffusion(MASK, BlockNoise(4, complementary=True), per="row"), {"padded": True}),
+    "blocks, documents apart": (BlockDiffusion(MASK, BlockNoise(4), causal=True), {"documents": True}),
 }
 
 
@@ -52,7 +58,7 @@ def test_terms_forward_and_backward(name):
     batch = with_places(objective.noise(rows(**kind), torch.Generator().manual_seed(1)))
     batch = {key: value.to("meta") for key, value in batch.items()}
     nats, count = objective.terms(model, batch)
-    assert nats.shape == count.shape == (4,) and nats.device.type == "meta"
+    assert nats.shape == count.shape == (len(batch["ids"]),) and nats.device.type == "meta"
     (nats.sum() / count.sum()).backward()
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())
 
@@ -115,6 +121,13 @@ def test_autoregressive_decoding_asks_once_a_token(asked, temperature):
     model = model_on_meta("ar").eval()
     steps = run(CausalDenoiser(model), asked, Policy(block_length=1, temperature=temperature, eos_id=1))
     assert len(steps) == 8 and asked["questions"] <= 9
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_block_writer_asks_once_a_pass(asked, padded):
+    real = torch.ones(3, 4, dtype=torch.long, device="meta") if padded else None
+    steps = run(BlockDenoiser(model_on_meta("block").eval()), asked, COMMITS[0], real)
+    assert asked["questions"] <= len(steps) + 1
 
 
 def test_the_official_algorithm_asks_nothing_before_its_end(asked):

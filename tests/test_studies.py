@@ -18,7 +18,8 @@ from nanollada.likelihood import chain_rule_log_likelihood
 from nanollada.sft import encode_pairs, toy_conversations
 from nanollada.studies import (DEV, ROW, TEST, Rows, Study, StudyConfig, chain_nats, conduct, friendships, guess_name, judge_stories,
                                new_model, score_stories, shape_of, story_rows, study_table, summarize, with_dropout)
-from nanollada.writing import STUDIES, CutRows, Flat, PaddedRows, answer_nats, endings, namesakes, short_and_long, sudoku_grids, sudoku_puzzles, tempted
+from nanollada.beyond import STUDIES
+from nanollada.writing import CutRows, Flat, PaddedRows, answer_nats, endings, namesakes, short_and_long, sudoku_grids, sudoku_puzzles, tempted
 
 
 def plan_two(budget: str) -> list[dict]:
