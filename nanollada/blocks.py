@@ -310,7 +310,7 @@ def draft_pass(model: Backbone, cache: KVCache, ids: Tensor, guess: Tensor, behi
     logits[:, mask_id] = -torch.inf
     return logits[: len(guess) + 1], logits[len(guess) + 1 :].view(len(behind), size, logits.shape[-1])
 
-
+# %% ../nbs/16_blocks.ipynb #accept
 def accept(causal: Tensor, guess: Tensor, q: Tensor, cfg: WriteConfig,
            generator: torch.Generator | None) -> tuple[int, Tensor]:
     "How many guesses hold, and the token (1,) behind them (2211.17192, Algorithm 1)."
