@@ -81,7 +81,7 @@ def with_places(batch: Batch) -> Batch:
         batch = {k: v[:, used] if v.dim() == 2 and v.shape[1] == L else v for k, v in batch.items()}
         if batch["real"].all():
             del batch["real"]
-    names = {"mask": "places", "next": "next_places"}  # chapter 16 needs the second kind
+    names = {"mask": "places", "next": "next_places", "guessed": "guessed_places"}  # 16, 17 need more
     return batch | {names[k]: batch[k].flatten().nonzero()[:, 0] for k in names if k in batch}
 
 # %% ../nbs/05_ar.ipynb #Autoregressive

@@ -76,6 +76,7 @@ class BackboneConfig:
     mask_token_id: int | None = None  # id of [MASK]
     block_length: int | None = None  # block only: tokens written together (chapter 16)
     causal_clean: bool = False  # block only: written text sees only what came before, as in an ar model
+    edits: bool = False  # diffusion only: what it is shown may be wrong, and it says so (chapter 17)
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads

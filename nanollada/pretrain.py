@@ -116,7 +116,7 @@ def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
         raise UserError(f"{cfg.init_from} is not an ar model; expected one to start an ar model from")
     if kind != "ar" == info["objective"]:
         model = cross(model, cfg.shift, cfg.mask_row, cfg.train.seed)
-    model.cfg = replace(model.cfg, objective=kind, block_length=None, causal_clean=False,
+    model.cfg = replace(model.cfg, objective=kind, block_length=None, causal_clean=False, edits=False,
                         max_position_embeddings=max(context, model.cfg.max_position_embeddings))
     return model
 

@@ -96,6 +96,10 @@ class Policy:
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
 
+    def passes(self, w: object, blocks: list[tuple[int, int, Tensor]], steps: int) -> Iterator["Step"]:
+        "Write a batch, block by block, so many passes for each (below; chapter 17 has another way)."
+        return passes(w, blocks, steps)
+
 # %% ../nbs/10_sampler.ipynb #Step
 @dataclass(eq=False)
 class Step:
@@ -152,6 +156,7 @@ class Writing:
         self.policy, self.mask_id, self.real, self.generator = policy, denoiser.mask_id, real, generator
         self.known, self.maskable, self.nfe = maskable, maskable.to(canvas.device), 0
         self.todo, self.ids = self.maskable, canvas.masked_fill(self.maskable, self.mask_id)
+        self.given = canvas  # whose tokens may be worth a look (chapter 17)
         self.last, self.same = self.ids, 0  # proposals of the last pass; for how many they stayed
         self.grid = torch.arange(canvas.numel()).view(canvas.shape)
         self.denoiser = opened(denoiser, self.ids, real)
@@ -309,7 +314,7 @@ def write(denoiser: Denoiser | Callable[..., Tensor], canvas: Tensor, policy: Po
         denoiser = GuidedDenoiser(denoiser, ~maskable.to(canvas.device), policy.cfg_scale)
     real = None if real is None or (on_host and real.all()) else real
     w = Writing(denoiser, canvas, maskable, policy, real, generator)
-    return passes(w, blocks, steps // n if steps else canvas.shape[1])
+    return policy.passes(w, blocks, steps // n if steps else canvas.shape[1])
 
 # %% ../nbs/10_sampler.ipynb #GuidedDenoiser
 class GuidedDenoiser(Denoiser):
