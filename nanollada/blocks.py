@@ -261,8 +261,8 @@ def average_runs(folders: Sequence[str | Path], out: str | Path) -> None:
 
 def pretrain_any(cfg: BlockPretrainConfig) -> TrainResult:
     "Train a model of any objective on text and leave a run folder. Raises `UserError` for bad input."
-    blocks = cfg.objective == "block"
-    result = pretrain(replace(cfg, shift=False), cfg.learn) if blocks else pretrain(cfg)
+    learn = None if cfg.objective in ("ar", "diffusion", "joint") else cfg.learn
+    result = pretrain(replace(cfg, shift=cfg.shift and cfg.objective != "block"), learn)
     if cfg.train.keep and open_processes(cfg.train.device).is_main_process:
         average_runs(sorted((cfg.out / "kept").glob("*")), cfg.out / "averaged")
     return result

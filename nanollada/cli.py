@@ -95,7 +95,7 @@ def pretrain(cfg: Any) -> None:
 
 def sft(cfg: Any) -> None:
     "Fine-tune a run of any objective on conversations."
-    result, statistics = nanollada.sft.sft(cfg, nanollada.blocks.objective_of)
+    result, statistics = nanollada.sft.sft(cfg, nanollada.editing.objective_of)
     _say(statistics)
     _say_trained(cfg.out, result, "answer token")
 
@@ -299,10 +299,10 @@ def bench(cfg: Any) -> None:
         _say(line)
 
 
-_WRITING = "blocks:BlockWriteConfig"
+_WRITING = "editing:EditWriteConfig"
 VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more classes of flags
     "demo": (demo, "demo:DemoConfig"), "data": (Data,), "tokenizer": (Tokenizer,),
-    "pretrain": (pretrain, "blocks:BlockPretrainConfig"), "sft": (sft, "sft:SftConfig"),
+    "pretrain": (pretrain, "editing:EditPretrainConfig"), "sft": (sft, "sft:SftConfig"),
     "generate": (Generate, _WRITING), "infill": (Infill,), "chat": (Chat, _WRITING),
     "compare": (Compare, _WRITING), "eval": (Eval, _WRITING),
     "study": (Study, "studies:StudyConfig"),

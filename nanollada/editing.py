@@ -10,7 +10,7 @@ __all__ = ['Editing', 'plant', 'refuse_changed', 'EditPolicy', 'edit_pass', 'edi
 # %% ../nbs/17_editing.ipynb #imports
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ class Editing(Joint):
         much, part, turn = uniform((3, shape[0], 1), "cpu", generator)
         this, that, luck = uniform((3, *shape), "cpu", generator)
         wrong = scored & ~hidden & (this < 2 * self.wrong * much)
-        other = torch.randint(self.vocab_size - 1, shape, generator=generator)
-        other = other + (other >= self.mask_id)  # any but the mask
+        other = torch.randint(self.vocab_size - 2, shape, generator=generator)
+        for never in (rows["ids"].clamp(max=self.mask_id), rows["ids"].clamp(min=self.mask_id)):
+            other = other + (other >= never)  # neither the mask nor the right token
         guessed = hidden & (that < part) & (turn[0] < self.own)
         weight = torch.where(hidden & ~guessed, batch["weight"], self.edit_weight * self.shares(scored)[1])
         return batch | {"xt": torch.where(wrong, other, batch["xt"]), "weight": weight, "guessed": guessed,
@@ -139,15 +140,17 @@ def edit_pass(w: Writing, block: int, fresh: bool) -> tuple[Step, Tensor]:
 @torch.no_grad()
 def edit_passes(w: Writing, blocks: list[tuple[int, int, Tensor]]) -> Iterator[Step]:
     "The passes of an `EditPolicy`. Raises `UserError` when a pass that should fill a mask fills none."
-    how, maskable = w.policy, w.known
+    how, reach = w.policy, torch.zeros_like(w.known)
     w.ids, w.todo = w.given, w.todo & (w.given == w.mask_id)
     w.known = unfinished(w.todo)
     for number, (lo, hi, inside) in enumerate(blocks):
+        reach[:, lo:hi] |= inside
         if how.behind and how.edit is not None:
-            lo, inside = blocks[0][0], maskable[:, blocks[0][0] : hi]
+            lo, inside = blocks[0][0], reach[:, blocks[0][0] : hi]
         checks = how.edit is not None and (number == len(blocks) - 1 or not how.behind)
-        spare, had, before = torch.full((len(inside),), how.post * checks), w.known[:, lo:hi].any(1), w.nfe
+        spare, had, before = torch.full((len(inside),), how.post * checks), (w.known[:, lo:hi] & inside).any(1), w.nfe
         goes = had | (spare > 0)
+        spare = spare - (goes & ~had).long()
         while w.look(lo, inside & goes[:, None] & (w.known[:, lo:hi] | (how.edit is not None))):
             step, changed = edit_pass(w, number, fresh=w.nfe == before)
             known, told = w.known, unfinished(torch.cat([w.todo, changed[:, None]], 1))
@@ -155,7 +158,7 @@ def edit_passes(w: Writing, blocks: list[tuple[int, int, Tensor]]) -> Iterator[S
             if (had & (known == w.known).all(1)).any():
                 raise UserError(NOTHING)
             yield step
-            full = ~w.known[:, lo:hi].any(1)
+            full = ~(w.known[:, lo:hi] & inside).any(1)
             goes = ~full | ((had | changed) & (spare > 0))
             spare, had = spare - (goes & full).long(), ~full
 
@@ -198,11 +201,14 @@ class EditWriteConfig(BlockWriteConfig):
     "How to write, with models of any kind. Raises `UserError` for what cannot be."
     way: Literal["blocks", "left", "drafts", "edits"] = "blocks"  # block models: left, drafts; editing: edits
     commit: float = 0.7  # way edits: masks above this probability are filled together
-    edit: float | None = 0.5  # way edits: a token changes where another is likelier than this; none: never
+    edit: float | None = 0.5  # way edits: a token changes where another is likelier than this; None: never
     post: int = 16  # way edits: passes over the full text, at most
+
+    alien: ClassVar[tuple[str, ...]] = (*BlockWriteConfig.alien, "commit", "edit", "post")
 
     def edit_policy(self, eos_id: int) -> EditPolicy:
         "The policy of way edits. Raises `UserError` for settings that mean nothing there."
+        check_fields(self, commit=(0, 1))
         refuse_changed(self, EditWriteConfig, ("steps", "remasking", "doubt", "fast"))
         if self.eos == "late":
             raise UserError("eos is late; expected free or never where text is edited")
