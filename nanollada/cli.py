@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'Data', 'Tokenizer', 'pretrain', 'sft', 'Generate', 'Infill', 'Chat', 'Compare', 'Eval', 'demo', 'Study',
-           'bench', 'main']
+           'Export', 'bench', 'main']
 
 # %% ../nbs/90_cli.ipynb #imports
 import io
@@ -293,6 +293,18 @@ class Study:
         _say(f"Everything is in {cfg.out / self.name}_{cfg.budget}.json.")
 
 
+@dataclass
+class Export:
+    "Write a run in the layout of another world: sdar, block models for SGLang, LMDeploy and JetEngine."
+    folder: Positional[Path]  # run folder
+    out: Path  # folder to make
+    format: Literal["sdar"] = "sdar"  # the layout
+
+    def run(self) -> None:
+        nanollada.interop.export_sdar(self.folder, self.out)
+        _say(f"written: {self.out}")
+
+
 def bench(cfg: Any) -> None:
     "Measure the speed of training or of writing on this machine, against the plain way."
     for line in nanollada.bench.bench(cfg):
@@ -305,7 +317,7 @@ VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more cla
     "pretrain": (pretrain, "editing:EditPretrainConfig"), "sft": (sft, "sft:SftConfig"),
     "generate": (Generate, _WRITING), "infill": (Infill,), "chat": (Chat, _WRITING),
     "compare": (Compare, _WRITING), "eval": (Eval, _WRITING),
-    "study": (Study, "studies:StudyConfig"),
+    "study": (Study, "studies:StudyConfig"), "export": (Export,),
     "bench train": (bench, "bench:TrainBench"), "bench sample": (bench, "bench:SampleBench")}
 
 # %% ../nbs/90_cli.ipynb #parse

@@ -1,0 +1,112 @@
+"Runs for engines: the published layout, read back by transformers' own Qwen3 with a block mask; what does not fit is refused."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from nanollada import toy
+from nanollada.backbone import Backbone, preset, save_run
+from nanollada.cli import main
+from nanollada.core import UserError, make_generator
+from nanollada.data import toy_tokenizer
+from nanollada.fast import BlockDenoiser
+from nanollada.interop import export_sdar
+from nanollada.sampler import finish, prompt_canvas, write
+from nanollada.tokenizer import load_tokenizer
+
+
+def run(folder, size=4, **cfg):
+    words = toy_tokenizer()
+    torch.manual_seed(0)
+    shape = dict(objective="block", block_length=size, mask_token_id=words.mask_token_id, max_position_embeddings=96, initializer_range=0.1,
+                 rope_theta=10_000.0) | cfg
+    model = Backbone(preset("toy", len(words), **shape)).eval()
+    save_run(model, words, folder)
+    return model, words
+
+
+def reader_of(folder):
+    "An independent reader: it takes the config's keys as they stand and loads the tensors strictly."
+    entries = json.loads((folder / "config.json").read_text())
+    known = {key: value for key, value in entries.items() if key not in ("architectures", "model_type", "dtype", "block_size", "mask_token_id")}
+    reader = Qwen3ForCausalLM(Qwen3Config(**known, attn_implementation="eager"))
+    weights = load_file(folder / "model.safetensors")
+    missing, unexpected = reader.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if entries["tie_word_embeddings"] else set())
+    reader.tie_weights()
+    return reader.eval(), entries, weights
+
+
+def see(size, L):
+    block = torch.arange(L) // size
+    return torch.where(block[:, None] >= block, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("groups, size", [(4, 4), (2, 8), (1, 1)])
+def test_transformers_reads_the_same_logits(tmp_path, groups, size, tied):
+    model, words = run(tmp_path / "run", size, num_key_value_heads=groups, tie_word_embeddings=tied)
+    export_sdar(tmp_path / "run", tmp_path / "sdar")
+    reader, entries, weights = reader_of(tmp_path / "sdar")
+    ids = torch.randint(0, len(words), (3, 30), generator=make_generator(0))
+    with torch.no_grad():
+        theirs = reader(ids, attention_mask=see(size, 30).expand(3, -1, -1, -1), position_ids=torch.arange(30)[None]).logits
+        ours = model(ids, BlockDenoiser(model, 0).who(ids, None))
+    assert torch.allclose(theirs, ours, atol=2e-5) and ours.std() > 0.05
+    assert entries["architectures"] == ["SDARForCausalLM"] and entries["model_type"] == "qwen3" and entries["block_size"] == size
+    assert entries["mask_token_id"] == words.mask_token_id and entries["rope_theta"] == 10_000 and entries["vocab_size"] == len(words)
+    layer = "model.layers.0."
+    assert {layer + name + ".weight" for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                  "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj",
+                                                  "mlp.down_proj")} <= set(weights)
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(weights)
+
+
+def test_a_loop_with_transformers_alone_writes_what_we_write(tmp_path):
+    model, words = run(tmp_path / "run")
+    export_sdar(tmp_path / "run", tmp_path / "sdar")
+    reader, entries, _ = reader_of(tmp_path / "sdar")
+    prompt = torch.randint(4, len(words), (1, 8), generator=make_generator(1))
+    ids, mask = prompt[0].tolist(), entries["mask_token_id"]
+    for _ in range(3):
+        ids += [mask] * 4
+        while mask in ids:
+            with torch.no_grad():
+                logits = reader(torch.tensor([ids]), attention_mask=see(4, len(ids)), position_ids=torch.arange(len(ids))[None]).logits[0]
+            logits[:, mask] = -torch.inf
+            p, v = logits.softmax(-1).max(-1)
+            place = max((at for at, token in enumerate(ids) if token == mask), key=lambda at: p[at])
+            ids[place] = int(v[place])
+    ours = finish(write(BlockDenoiser(model), block_length=4, **prompt_canvas(prompt, mask, 12)))
+    assert ours[0].tolist() == ids
+
+
+def test_the_folder_opens_with_the_auto_classes_and_without_remote_code(tmp_path):
+    _, words = run(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "sdar")]) == 0
+    cfg, tokenizer = AutoConfig.from_pretrained(tmp_path / "sdar"), AutoTokenizer.from_pretrained(tmp_path / "sdar")
+    assert type(cfg).__name__ == "Qwen3Config" and cfg.architectures == ["SDARForCausalLM"] and "auto_map" not in cfg.to_dict()
+    text = toy.sample(1, 0, "en")[0]
+    assert tokenizer(text)["input_ids"] == load_tokenizer(tmp_path / "run")(text)["input_ids"] and tokenizer.mask_token_id == words.mask_token_id
+
+
+@pytest.mark.parametrize("change, said", [(dict(objective="diffusion", block_length=None), "objective is diffusion; expected block"),
+                                          (dict(causal_clean=True), "causal_clean is True; expected read by blocks"), (dict(qk_norm=False), "qk_norm is False"),
+                                          (dict(rope_theta=500_000.0), "rope_theta is 500000.0")])
+def test_a_run_that_an_engine_would_misread_is_refused(tmp_path, capsys, change, said):
+    run(tmp_path / "run", **({"size": 4} if "block_length" not in change else {}), **change)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "sdar")]) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "sdar").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    model, _ = run(tmp_path / "run")
+    export_sdar(tmp_path / "run", tmp_path / "sdar")
+    with pytest.raises(UserError, match="holds a model already"):
+        export_sdar(tmp_path / "run", tmp_path / "sdar")
+    with pytest.raises(UserError, match="holds a model already"):
+        export_sdar(tmp_path / "run", tmp_path / "run")
+    assert replace(model.cfg) == model.cfg
