@@ -148,7 +148,8 @@ def edit_passes(w: Writing, blocks: list[tuple[int, int, Tensor]]) -> Iterator[S
         if how.behind and how.edit is not None:
             lo, inside = blocks[0][0], reach[:, blocks[0][0] : hi]
         checks = how.edit is not None and (number == len(blocks) - 1 or not how.behind)
-        spare, had, before = torch.full((len(inside),), how.post * checks), (w.known[:, lo:hi] & inside).any(1), w.nfe
+        spare, had = torch.full((len(inside),), how.post * checks), (w.known[:, lo:hi] & inside).any(1)
+        before = w.nfe
         goes = had | (spare > 0)
         spare = spare - (goes & ~had).long()
         while w.look(lo, inside & goes[:, None] & (w.known[:, lo:hi] | (how.edit is not None))):

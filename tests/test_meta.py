@@ -8,7 +8,9 @@ import torch
 from nanollada import sampler
 from nanollada.ar import Autoregressive, with_places
 from nanollada.backbone import Backbone, preset
+from nanollada import editing
 from nanollada.blocks import BlockDiffusion, BlockNoise
+from nanollada.editing import EditPolicy, Editing, Levenshtein
 from nanollada.elbo import MaskedDiffusion
 from nanollada.fast import BlockDenoiser, CachedDenoiser, CausalDenoiser
 from nanollada.guidance import RestrictedDenoiser
@@ -48,6 +50,9 @@ OBJECTIVES = {
     "blocks": (BlockDiffusion(MASK, BlockNoise(4), causal=True, confidence=1.0), {}),
     "blocks, padded, by rows, in pairs": (BlockDiffusion(MASK, BlockNoise(4, complementary=True), per="row"), {"padded": True}),
     "blocks, documents apart": (BlockDiffusion(MASK, BlockNoise(4), causal=True), {"documents": True}),
+    "edits": (Editing(MASK, True, vocab_size=V), {}),
+    "edits of its own proposals, padded": (Editing(MASK, vocab_size=V, own=1.0, per="row", by="count"), {"padded": True}),
+    "edits, documents apart": (Editing(MASK, vocab_size=V, own=1.0), {"documents": True}),
 }
 
 
@@ -93,7 +98,7 @@ def asked(monkeypatch):
 def run(denoiser, asked, policy, attention_mask=None):
     prompt = torch.zeros(3, 4, dtype=torch.long, device="meta")
     canvas = prompt_canvas(prompt, MASK, 8, attention_mask)
-    blind = policy.commit == "quota" and policy.eos_id is None  # asks once, at the very end
+    blind = type(policy) is Policy and policy.commit == "quota" and policy.eos_id is None  # asks once, at the very end
     asked["open"] = canvas["maskable"].clone() if not blind else torch.zeros_like(canvas["maskable"])
     steps = list(write(denoiser, policy=policy, **canvas))
     assert steps[-1].ids.shape == (3, 12) and steps[-1].ids.device.type == "meta"
@@ -127,6 +132,25 @@ def test_autoregressive_decoding_asks_once_a_token(asked, temperature):
 def test_the_block_writer_asks_once_a_pass(asked, padded):
     real = torch.ones(3, 4, dtype=torch.long, device="meta") if padded else None
     steps = run(BlockDenoiser(model_on_meta("block").eval()), asked, COMMITS[0], real)
+    assert asked["questions"] <= len(steps) + 1
+
+
+def test_deleting_and_splitting_learn_without_a_question():
+    how = Levenshtein(mask_id=MASK, eos_id=1, delete=V, split=V + 1)
+    with torch.device("meta"):
+        model = Backbone(preset("toy", V + 2, objective="diffusion", mask_token_id=MASK))
+    ids = torch.randint(2, MASK, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = 1
+    batch = with_places(how.noise({"ids": ids}, torch.Generator().manual_seed(1)))
+    nats, count = how.terms(model, {key: value.to("meta") for key, value in batch.items()})
+    (nats.sum() / count.sum()).backward()
+    assert nats.shape == count.shape == (4,)
+
+
+@pytest.mark.parametrize("policy", [EditPolicy(block_length=4), EditPolicy(edit=0.0, temperature=0.7, post=2), EditPolicy(edit=None, cfg_scale=1.0)], ids=str)
+def test_the_editing_writer_asks_once_a_pass(asked, monkeypatch, policy):
+    monkeypatch.setattr(editing, "unfinished", lambda told: torch.cat([sampler.unfinished(told[:, :12]), torch.zeros(3, told.shape[1] - 12).bool()], 1))
+    steps = run(model_on_meta(edits=True).eval().denoise, asked, policy)
     assert asked["questions"] <= len(steps) + 1
 
 
