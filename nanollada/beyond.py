@@ -168,12 +168,12 @@ KINDS_OF_WORDS = ("name", "kind", "home")
 
 def _drawn(model: Backbone, seed: int) -> list[dict]:
     "Stories by thresholds, without and with edits, and by doubt."
-    ways, n = {}, by_budget(2, 96)
-    limits = by_budget((0.4,), (0.9, 0.4, 0.2, 0.1, 0.05, 0.03))
+    ways, n = {}, by_budget(2, 64)
+    limits = by_budget((0.4,), (0.4, 0.1, 0.05))
     for limit, edit in product(limits, (None, 0.0, 0.5)):
         name = "stays" if edit is None else f"edit above {edit}"
         ways[name, limit] = EditPolicy(limit=limit, edit=edit, block_length=12, temperature=1.0)
-    for doubt in by_budget((1.0,), (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)):
+    for doubt in by_budget((1.0,), (0.1, 1.0, 4.0)):
         ways["doubt", doubt] = replace(FAST, limit=doubt, temperature=1.0)
     return [{"task": "draw", "policy": name, "limit": limit} | draw_stories(model, policy, n, seed)
             for (name, limit), policy in ways.items()]
@@ -182,7 +182,7 @@ def _drawn(model: Backbone, seed: int) -> list[dict]:
 def _planted(model: Backbone) -> list[dict]:
     "How many stories are right after edits, those with a planted error and those without."
     words, found = tokenizer_of_stories(), []
-    clean = document_rows(words, toy.sample(by_budget(4, 200), TEST, "en"), ROW)[0]
+    clean = document_rows(words, toy.sample(by_budget(4, 100), TEST, "en"), ROW)[0]
     lists = [toy.word_list(toy.ENGLISH["words"][kind]) for kind in KINDS_OF_WORDS]
     kinds = [[words.encode(f" {word}")[0] for word in each] for each in lists]
     spoiled, _ = plant(clean, kinds, make_generator(TEST, "plant"))
@@ -201,7 +201,7 @@ def _planted(model: Backbone) -> list[dict]:
 
 def _editing(way: str, seed: int) -> list[dict]:
     "Train in one way; draw; mend."
-    model = editing_model(way, seed, by_budget(4, 800, 8000))
+    model = editing_model(way, seed, by_budget(4, 600, 6000))
     bound = score_stories(model, by_budget(4, 100), chains=False)
     return [{"task": "bound"} | bound, *_planted(model), *_drawn(model, seed)]
 
@@ -223,9 +223,9 @@ DAMAGES = (("doubled", 0), *product(("missing", "doubled"), (1, 2, 4)),
 
 def _gaps(way: str, seed: int) -> list[dict]:
     "Train in one way; mend what is damaged."
-    words, steps, found = tokenizer_of_stories(), by_budget(4, 800, 8000), []
+    words, steps, found = tokenizer_of_stories(), by_budget(4, 600, 6000), []
     M, bos, eos = words.mask_token_id, words.bos_token_id, words.eos_token_id
-    stories = [[bos, *words.encode(text), eos] for text in toy.sample(by_budget(4, 200), TEST, "en")]
+    stories = [[bos, *words.encode(text), eos] for text in toy.sample(by_budget(4, 100), TEST, "en")]
     damaged = {(kind, n): [damage(ids, kind, n, M, draws) for ids in stories]
                for kind, n in DAMAGES for draws in [make_generator(n, kind)]}
     def judge(way: str, kind: str, n: int, mended: list[list[int]], **more: float) -> None:
