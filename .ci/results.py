@@ -66,6 +66,12 @@ TABLES = {
     "guidance": lambda: study("guidance", WRITTEN, ("scale",), task="continue"),
     "choices": lambda: study("guidance", ("right",), ("scale", "masks"), task="choose"),
     "speed": lambda: study("speed", ("tokens_per_second", "times_ar", *WRITTEN)),
+    "blocks": lambda: study("blocks", ("excess", "excess_left", *WRITTEN)),
+    "drafts": lambda: study("speculation", ("passes", "passes_saved", "times_left", "same")),
+    "edits": lambda: study("editing", ("passes", *WRITTEN), ("way", "policy", "limit"), task="draw"),
+    "planted": lambda: study("editing", ("before", "after", "restored", "clean_right"), ("way", "policy"), task="planted"),
+    "edit bounds": lambda: study("editing", ("excess",), ("way",), task="bound"),
+    "gaps": lambda: study("gaps", ("right", "same", "rounds")),
 }
 
 

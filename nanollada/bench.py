@@ -24,7 +24,8 @@ from .ar import Batch, Objective
 from .backbone import PRESETS, Backbone, preset
 from .compare import Pair, distinct_n, judged_nll, open_pair
 from .core import UserError, machine_record, make_generator, pick_device, write_json
-from .fast import WriteConfig, write_ids
+from .editing import EditWriteConfig
+from .fast import write_ids
 from .pretrain import make_objective
 from .processes import scene
 from .studies import Rows
@@ -132,7 +133,9 @@ def bench_train(cfg: TrainBench) -> Iterator[dict]:
 
 # %% ../nbs/99_bench.ipynb #WAYS
 WAYS = {"official": dict(fast=False, block_length=12, remasking="entropy"),  # as it serves the demo best
-        "ar": {}, "careful": dict(doubt=0.02), "default": {}, "bold": dict(doubt=0.5)}
+        "ar": {}, "careful": dict(doubt=0.02), "default": {}, "bold": dict(doubt=0.5),
+        "left": dict(way="left"), "drafts": dict(way="drafts"),  # of block runs
+        "edits": dict(way="edits", commit=0.5, edit=0.0)}  # of editing runs: S mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ class SampleBench(Bench):
     gen_length: int = 60  # tokens to write at most
     temperature: float = 0.5  # of the draws
     batch_sizes: tuple[int, ...] = (1, 8)  # texts written together
-    variants: tuple[Literal[tuple(WAYS)], ...] = tuple(WAYS)  # which ways
+    variants: tuple[Literal[tuple(WAYS)], ...] = tuple(WAYS)[:5]  # which; left, drafts: block; edits: editing
 
 # %% ../nbs/99_bench.ipynb #bench_sample
 def bench_sample(cfg: SampleBench) -> Iterator[dict]:
@@ -164,7 +167,8 @@ def write_more(cfg: SampleBench, pair: Pair, rows: int, variant: str, texts: lis
     "Add a batch to what was written; how many tokens it has, ends left out."
     model = pair.models["ar" if variant == "ar" else "diffusion"]
     seed = (cfg.seed + len(texts)) % 2**32  # another one each time
-    how = WriteConfig(gen_length=cfg.gen_length, temperature=cfg.temperature, seed=seed, **WAYS[variant])
+    way = WAYS[variant] | ({"block_length": None} if model.cfg.block_length else {})  # blocks of its own
+    how = EditWriteConfig(gen_length=cfg.gen_length, temperature=cfg.temperature, seed=seed, **way)
     texts += write_ids(model, [[pair.tokenizer.bos_token_id]] * rows, pair.tokenizer, how)
     return max(1, sum(map(len, texts[-rows:])))
 

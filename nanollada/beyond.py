@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'DRAFTS', 'EDITS', 'KINDS_OF_WORDS', 'DAMAGES', 'STUDIES', 'block_model', 'causal_half', 'score_blocks',
-           'race_drafts', 'editing_model', 'draw_stories', 'lengths_model']
+           'surprise', 'race_drafts', 'editing_model', 'draw_stories', 'lengths_model']
 
 # %% ../nbs/20b_beyond.ipynb #imports
 import time
@@ -15,6 +15,7 @@ from statistics import mean, median
 import torch
 
 from . import toy
+from .ar import token_nll
 from .backbone import Backbone
 from .blocks import BlockNoise, BlockWriteConfig, block_nats, make_blocks
 from .core import by_budget, make_generator
@@ -88,6 +89,15 @@ def _blocks(way: str, seed: int) -> list[dict]:
 def _plan_blocks(budget: str) -> list[dict]:
     return [{"way": way, "seed": seed} for seed in SEEDS[budget] for way in ("ar", "joint", *BLOCKS)]
 
+# %% ../nbs/20b_beyond.ipynb #surprise
+@torch.no_grad()
+def surprise(model: Backbone, ids: torch.Tensor, start: int, eos_id: int) -> float:
+    "Nats a token of ids (1, L) from `start` to the first end, by the model that reads causally."
+    end = start + int((ids[0, start:] == eos_id).float().argmax()) + 1
+    end = end if eos_id in ids[0, start:].tolist() else ids.shape[1]
+    logits = causal_half(model)(ids[:, : end - 1], causal=True)[0, start - 1 :]
+    return token_nll(logits, ids[0, start:end]).mean().item()
+
 # %% ../nbs/20b_beyond.ipynb #DRAFTS
 DRAFTS: dict[str, dict] = {"left": dict(way="left")} | {
     f"{draft} masks, {tree} groups": dict(draft=draft, tree=tree)
@@ -96,7 +106,7 @@ DRAFTS: dict[str, dict] = {"left": dict(way="left")} | {
 
 def race_drafts(model: Backbone, prompts: list[list[int]], gen_length: int, temperature: float, eos_id: int,
                 rounds: int = 3) -> list[dict]:
-    "Speed and passes of drafts against none, on the same prompts, the ways in turn; are the texts the same?"
+    "Speed and passes of drafts against none, on the same prompts, in turn; `same`: share of equal texts."
     told: dict = {name: [] for name in DRAFTS}
     device = model.lm_head.weight.device
     for turn, (name, how) in product(range(rounds + 1), DRAFTS.items()):
@@ -109,12 +119,13 @@ def race_drafts(model: Backbone, prompts: list[list[int]], gen_length: int, temp
         if turn:  # the first is to warm up
             told[name].append((time.perf_counter() - began, texts))
     plain, found = told["left"], []
+    nats = mean(surprise(model, last.ids, len(p), eos_id) for p, last in zip(prompts, plain[0][1]))
     for name, rounds_of in told.items():
         pairs = list(zip(plain[0][1], rounds_of[0][1]))
         found.append({"way": name, "passes": mean(last.nfe for _, last in pairs),
                       "passes_saved": sum(a.nfe for a, _ in pairs) / sum(b.nfe for _, b in pairs),
                       "times_left": median(a / b for (a, _), (b, _) in zip(plain, rounds_of)),
-                      "same": mean(float(torch.equal(a.ids, b.ids)) for a, b in pairs)})
+                      "same": mean(float(torch.equal(a.ids, b.ids)) for a, b in pairs), "nats": nats})
     return found
 
 # %% ../nbs/20b_beyond.ipynb #speculation
@@ -136,8 +147,7 @@ def _plan_speculation(budget: str) -> list[dict]:
     return [{"seed": seed} for seed in SEEDS[budget]]
 
 # %% ../nbs/20b_beyond.ipynb #EDITS
-EDITS: dict[str, dict | None] = {"joint": None, "wrong tokens": {}, "and own proposals": dict(own=0.5),
-                                 "wrong ones only": dict(trusting=False)}
+EDITS: dict[str, dict | None] = {"joint": None, "wrong tokens": {}, "and own proposals": dict(own=0.5)}
 
 
 def editing_model(way: str, seed: int, steps: int) -> Backbone:

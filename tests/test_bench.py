@@ -126,6 +126,19 @@ def test_the_text_that_is_timed_is_the_text_that_is_judged(pair, monkeypatch):
     assert [texts for _, texts in judged] == mine  # three rounds, plain first; every text of ours and no other
 
 
+def test_runs_of_blocks_and_of_edits_are_raced_in_their_own_ways(pair, tmp_path):
+    tokenizer = toy_tokenizer()
+    kinds = {"blocks": (dict(objective="block", block_length=4, causal_clean=True), ("official", "ar", "default", "left", "drafts")),
+             "editing": (dict(objective="diffusion", edits=True), ("default", "edits"))}
+    for name, (shape, variants) in kinds.items():
+        shape = preset("toy", len(tokenizer), mask_token_id=tokenizer.mask_token_id, max_position_embeddings=256, **shape)
+        save_run(Backbone(shape).eval(), tokenizer, tmp_path / name)
+        found = list(bench_sample(replace(pair, run=tmp_path / name, variants=variants)))
+        assert [row["variant"] for row in found] == [*variants] * 2 and all(row["tokens_per_second"] > 0 for row in found)
+    with pytest.raises(UserError, match="way is edits"):
+        list(bench_sample(replace(pair, variants=("edits",))))
+
+
 def test_rows_appear_one_by_one_and_are_on_the_disk_at_once(pair, tmp_path):
     lines = bench(replace(pair, json=tmp_path / "b.json", batch_sizes=(1,), variants=("ar", "default")))
     head = [next(lines) for _ in range(5)]
