@@ -19,13 +19,13 @@ from .ar import token_nll
 from .backbone import Backbone
 from .blocks import BlockNoise, BlockWriteConfig, block_nats, make_blocks
 from .core import by_budget, make_generator
-from .editing import EditPolicy, Editing, Levenshtein, damage, mend, plant
+from .editing import EditPolicy, Editing, Levenshtein, damage, mend, plant, varied
 from .fast import FAST
 from .guidance import infill, trim_answers
 from .pretrain import RECIPE, Joint, document_rows, score_documents
 from .sampler import Policy, finish, write
 from .studies import (
-    DEV, ROW, SEEDS, TEST, Study, judge_stories, new_model, score_stories, story_model, story_rows,
+    DEV, ROW, SEEDS, TEST, Rows, Study, judge_stories, new_model, score_stories, story_model, story_rows,
     tokenizer_of_stories, write_stories)
 from .trainer import train
 from .writing import STUDIES as WRITING_STUDIES
@@ -147,16 +147,17 @@ def _plan_speculation(budget: str) -> list[dict]:
     return [{"seed": seed} for seed in SEEDS[budget]]
 
 # %% ../nbs/20b_beyond.ipynb #EDITS
-EDITS: dict[str, dict | None] = {"joint": None, "wrong tokens": {}, "and own proposals": dict(own=0.5)}
+EDITS: dict[str, tuple] = {  # how it learns, and what an update costs (below)
+    "joint": (None, 1.0), "wrong tokens": ({}, 1.13), "and own proposals": (dict(own=0.5), 1.26)}
 
 
 def editing_model(way: str, seed: int, steps: int) -> Backbone:
     "A model that has learned stories by the recipe, and to edit as `EDITS` says, at equal compute."
-    words, how = tokenizer_of_stories(), EDITS[way]
+    words, (how, cost) = tokenizer_of_stories(), EDITS[way]
     model, objective = new_model("joint", len(words), words.mask_token_id, seed)
     if how is not None:
         objective = Editing(words.mask_token_id, True, vocab_size=len(words), **how)
-        steps = round(steps / (1 + how.get("own", 0) / 3))
+    steps = max(1, round(steps / cost))
     rows = story_rows(max(by_budget(500, 20_000), steps * RECIPE.batch_size))
     train(model, objective, rows, replace(RECIPE, steps=steps, seed=seed, progress=False))
     return model.eval()
@@ -183,6 +184,8 @@ def _drawn(model: Backbone, seed: int) -> list[dict]:
     for limit, edit in product(limits, (None, 0.0, 0.5)):
         name = "stays" if edit is None else f"edit above {edit}"
         ways[name, limit] = EditPolicy(limit=limit, edit=edit, block_length=12, temperature=1.0)
+    for limit in limits:
+        ways["stays, colder", limit] = EditPolicy(limit=limit, edit=None, block_length=12, temperature=0.5)
     for doubt in by_budget((1.0,), (0.1, 1.0, 4.0)):
         ways["doubt", doubt] = replace(FAST, limit=doubt, temperature=1.0)
     return [{"task": "draw", "policy": name, "limit": limit} | draw_stories(model, policy, n, seed)
@@ -211,18 +214,17 @@ def _planted(model: Backbone) -> list[dict]:
 
 def _editing(way: str, seed: int) -> list[dict]:
     "Train in one way; draw; mend."
-    model = editing_model(way, seed, by_budget(4, 600, 6000))
+    model = editing_model(way, seed, by_budget(4, 680, 6800))
     bound = score_stories(model, by_budget(4, 100), chains=False)
     return [{"task": "bound"} | bound, *_planted(model), *_drawn(model, seed)]
 
 # %% ../nbs/20b_beyond.ipynb #lengths_model
-def lengths_model(seed: int, steps: int) -> tuple[Backbone, Levenshtein]:
-    "A model that has learned to mend drafts of stories, and its actions."
+def lengths_model(seed: int, steps: int, rows: Rows) -> tuple[Backbone, Levenshtein]:
+    "A model that has learned to mend drafts of such stories, and its actions."
     words = tokenizer_of_stories()
     V, mask_id = len(words), words.mask_token_id
     model, _ = new_model("diffusion", V + 2, mask_id, seed)
     how = Levenshtein(mask_id, words.eos_token_id, V, V + 1)
-    rows = story_rows(max(by_budget(500, 20_000), steps * RECIPE.batch_size))
     train(model, how, rows, replace(RECIPE, steps=steps, seed=seed, progress=False))
     return model.eval(), how
 
@@ -235,20 +237,24 @@ def _gaps(way: str, seed: int) -> list[dict]:
     "Train in one way; mend what is damaged."
     words, steps, found = tokenizer_of_stories(), by_budget(4, 600, 6000), []
     M, bos, eos = words.mask_token_id, words.bos_token_id, words.eos_token_id
-    stories = [[bos, *words.encode(text), eos] for text in toy.sample(by_budget(4, 100), TEST, "en")]
+    language = varied(toy.ENGLISH["words"])
+    told = toy.sample(max(by_budget(500, 20_000), steps * RECIPE.batch_size), 0, language)
+    rows = Rows(document_rows(words, told, ROW)[0])
+    stories = [[bos, *words.encode(text), eos] for text in toy.sample(by_budget(4, 100), TEST, language)]
     damaged = {(kind, n): [damage(ids, kind, n, M, draws) for ids in stories]
                for kind, n in DAMAGES for draws in [make_generator(n, kind)]}
     def judge(way: str, kind: str, n: int, mended: list[list[int]], **more: float) -> None:
-        right = judge_stories([words.decode(ids[1:-1]) for ids in mended])["grammatical_share"]
+        texts = [words.decode(ids[1:-1]) if ids[-1] == eos else "" for ids in mended]
+        right = judge_stories(texts, language)["grammatical_share"]
         same = mean(float(a == b) for a, b in zip(mended, stories))
         found.append({"way": way, "damage": kind, "size": n, "right": right, "same": same} | more)
     if way == "edits":
-        model, how = lengths_model(seed, steps)
+        model, how = lengths_model(seed, steps, rows)
         for (kind, n), drafts in damaged.items():
             *_, (rounds, mended) = enumerate(mend(model, how, drafts), 1)
             judge(way, kind, n, mended, rounds=float(rounds))
         return found
-    model = story_model("joint", seed, steps)
+    model = story_model("joint", seed, steps, rows)
     for (kind, n), masks in product((one for one in damaged if one[0] == "gap"), ("told", 4)):
         many = [M] * (n if masks == "told" else masks)
         canvases = [[new for t in ids for new in (many if t == M else [t])] for ids in damaged[kind, n]]

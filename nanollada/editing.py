@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Editing', 'plant', 'refuse_changed', 'EditPolicy', 'edit_pass', 'edit_passes', 'EditPretrainConfig', 'make_editing',
            'objective_of', 'EditWriteConfig', 'lcs', 'edit_labels', 'apply_edits', 'Levenshtein', 'spoil', 'mend',
-           'damage']
+           'varied', 'damage']
 
 # %% ../nbs/17_editing.ipynb #imports
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from . import toy
 from .ar import Batch, Objective, token_nll
 from .backbone import Backbone, BackboneConfig, Denoiser, Visibility
 from .blocks import BlockPretrainConfig, BlockWriteConfig
@@ -99,63 +100,69 @@ class EditPolicy(Policy):
     "What to fill and what to change in a pass (LLaDA 2.1). Raises `UserError` for what cannot be."
     limit: float = 0.7  # a mask is filled above this probability, and the surest of a row always
     edit: float | None = 0.5  # a token is changed where another is likelier than this; None: never
-    post: int = 16  # passes over what is full, at most
-    behind: bool = True  # whether all that is written may be changed; otherwise the block only
+    post: int = 16  # passes over the full text, at most; if not `earlier`, over each full block
+    earlier: bool = True  # whether earlier blocks may be changed too; otherwise only the one being written
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, limit=(0, 1), post=(0, 10**6))
         if self.edit is not None:
             check_fields(self, edit=(0, 1))
-        refuse_changed(self, Policy, ("steps", "remasking", "commit", "patience", "suppress_confidence"))
+        alien = ("steps", "remasking", "commit", "patience", "suppress_confidence", "subs")
+        refuse_changed(self, Policy, alien)
 
     def passes(self, w: Writing, blocks: list[tuple[int, int, Tensor]], steps: int) -> Iterator[Step]:
         "Write what is masked on the canvas, block by block, and edit what `maskable` allows."
         return edit_passes(w, blocks)
 
 # %% ../nbs/17_editing.ipynb #edit_pass
-def edit_pass(w: Writing, block: int, fresh: bool) -> tuple[Step, Tensor]:
-    "One pass over the places that `look` has turned to, and which rows (B,) it changed written tokens of."
+def edit_pass(w: Writing, block: int, inside: Tensor, fresh: bool) -> tuple[Step, Tensor]:
+    "A pass over the places that were looked up; bool (B, 2L + 1): to do, behind an end, did the row change."
     if w.focus:
         w.focus(w.lo, w.hi, [row for row, n in enumerate(w.counts) if n], fresh)
-    how, places, before = w.policy, w.here(w.places), w.todo
-    logits = forbid(w, w.denoiser.at(w.ids, places, w.real))
+    how, places, before, old = w.policy, w.here(w.places), w.todo, w.ids
+    logits = forbid(w, w.denoiser.at(old, places, w.real))
     tokens = torch.where(before.flatten()[places], draw(w, logits), logits.argmax(-1))
     sure = confidence(logits, tokens)
     score = sure.new_full((before.numel(),), -torch.inf).scatter(0, places, sure).view_as(before)  # (B, L)
-    proposed = w.ids.flatten().scatter(0, places, tokens).view_as(before)
+    proposed = old.flatten().scatter(0, places, tokens).view_as(before)
     masks = score.masked_fill(~before, -torch.inf)
-    fill = (masks > how.limit) | most_confident(masks, torch.ones_like(w.todo[:, 0], dtype=torch.long))
-    change = torch.zeros_like(fill)
-    if how.edit is not None:
-        change = ~before & (proposed != w.ids) & (score > how.edit)
-    w.ids, w.todo, w.nfe = torch.where(fill | change, proposed, w.ids), before & ~fill, w.nfe + 1
+    fill = (masks > how.limit) | most_confident(masks, torch.ones_like(old[:, 0]))
+    change = ~before & (proposed != old) & (score > (2.0 if how.edit is None else how.edit))
+    w.ids, w.todo, w.nfe = torch.where(fill | change, proposed, old), before & ~fill, w.nfe + 1
+    ended = torch.zeros_like(before)
     if how.eos_id is not None:  # a row ends when its block is full
+        full = ~(w.todo[:, w.lo : w.hi] & w.here(inside)).any(1, keepdim=True)
         closed = close_at_eos(w.ids, w.todo, w.maskable, how.eos_id)
-        open_ = w.todo[:, w.lo : w.hi].any(1, keepdim=True)
-        w.ids, w.todo = (torch.where(open_, now, then) for now, then in zip((w.ids, w.todo), closed))
-    return Step(w.ids, w.nfe, block, before, w.todo, places, tokens, sure), change.any(1)
+        w.ids, w.todo = (torch.where(full, then, now) for then, now in zip(closed, (w.ids, w.todo)))
+        ends = w.maskable & ~w.todo & (w.ids == how.eos_id)
+        ended = full & w.maskable & (ends.cumsum(1) - ends.long() > 0) & ~w.todo
+    changed = ((w.ids != old) & ~before).any(1, keepdim=True)
+    step = Step(w.ids, w.nfe, block, before, w.todo, places, tokens, sure)
+    return step, torch.cat([w.todo, ended, changed], 1)
 
 # %% ../nbs/17_editing.ipynb #edit_passes-more
 @torch.no_grad()
 def edit_passes(w: Writing, blocks: list[tuple[int, int, Tensor]]) -> Iterator[Step]:
     "The passes of an `EditPolicy`. Raises `UserError` when a pass that should fill a mask fills none."
-    how, reach = w.policy, torch.zeros_like(w.known)
+    how, wanted, reach, top, L = w.policy, w.known, torch.zeros_like(w.known), 0, w.known.shape[1]
     w.ids, w.todo = w.given, w.todo & (w.given == w.mask_id)
-    w.known = unfinished(w.todo)
+    w.known, ended = unfinished(w.todo), torch.zeros_like(wanted)
+    if w.focus and not torch.equal(w.known, wanted):
+        raise UserError("given text cannot be edited with a cache: pass a denoiser without, model.denoise")
     for number, (lo, hi, inside) in enumerate(blocks):
         reach[:, lo:hi] |= inside
-        if how.behind and how.edit is not None:
-            lo, inside = blocks[0][0], reach[:, blocks[0][0] : hi]
-        checks = how.edit is not None and (number == len(blocks) - 1 or not how.behind)
+        if how.earlier and how.edit is not None:  # a row whose blocks lie further left is done with its own
+            lo, hi = blocks[0][0], (top := max(top, hi))
+            inside = reach[:, lo:hi]
+        checks = how.edit is not None and (number == len(blocks) - 1 or not how.earlier)
         spare, had = torch.full((len(inside),), how.post * checks), (w.known[:, lo:hi] & inside).any(1)
-        before = w.nfe
-        goes = had | (spare > 0)
+        goes, before = had | (spare > 0), w.nfe
         spare = spare - (goes & ~had).long()
-        while w.look(lo, inside & goes[:, None] & (w.known[:, lo:hi] | (how.edit is not None))):
-            step, changed = edit_pass(w, number, fresh=w.nfe == before)
-            known, told = w.known, unfinished(torch.cat([w.todo, changed[:, None]], 1))
-            w.known, changed = told[:, :-1], told[:, -1]
+        while w.look(lo, inside & goes[:, None] & (w.known if how.edit is None else ~ended)[:, lo:hi]):
+            step, told = edit_pass(w, number, inside, fresh=w.nfe == before)
+            known, told = w.known, unfinished(told)
+            w.known, ended, changed = told[:, :L], told[:, L:-1], told[:, -1]
             if (had & (known == w.known).all(1)).any():
                 raise UserError(NOTHING)
             yield step
@@ -210,7 +217,8 @@ class EditWriteConfig(BlockWriteConfig):
     def edit_policy(self, eos_id: int) -> EditPolicy:
         "The policy of way edits. Raises `UserError` for settings that mean nothing there."
         check_fields(self, commit=(0, 1))
-        refuse_changed(self, EditWriteConfig, ("steps", "remasking", "doubt", "fast"))
+        alien = ("steps", "remasking", "doubt", "fast", "draft", "sure", "tree")
+        refuse_changed(self, EditWriteConfig, alien)
         if self.eos == "late":
             raise UserError("eos is late; expected free or never where text is edited")
         how = {k: getattr(self, k) for k in ("temperature", "top_k", "top_p", "cfg_scale", "edit", "post")}
@@ -239,7 +247,7 @@ class EditWriteConfig(BlockWriteConfig):
 
 # %% ../nbs/17_editing.ipynb #lcs
 def lcs(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    "Pairs of places (in a, in b) of a longest common subsequence, the earliest in a tie."
+    "Pairs of places (in a, in b) of a longest common subsequence."
     n, m = len(a), len(b)
     best = [[0] * (m + 1) for _ in range(n + 1)]  # of a[i:] and b[j:]
     for i in reversed(range(n)):
@@ -287,12 +295,14 @@ class Levenshtein(Objective):
     rate: float = 0.2  # most that one kind of mistake spoils, as a share of the tokens
     gap: int = 12  # most tokens that one mask stands for
     per: Literal["token", "row"] = "token"  # whether each token of a draft counts the same, or each row
-    name = "editing"
+    name = "levenshtein"
 
     def noise(self, rows: Batch, generator: torch.Generator | None = None) -> Batch:
         "Drafts `xt` and what to do `ids`, of rows that hold one text each, padded on the right."
         drafts, labels = [], []
         for row in rows["ids"].tolist():
+            if self.eos_id not in row[1:]:
+                raise UserError(f"a row has no end (id {self.eos_id}); expected one whole text in each row")
             text = row[: row.index(self.eos_id, 1) + 1]
             drafts.append(spoil(self, text, generator))
             labels.append(edit_labels(drafts[-1], text, self.delete, self.split))
@@ -301,7 +311,8 @@ class Levenshtein(Objective):
         real = torch.arange(xt.shape[1]) < torch.tensor([len(draft) for draft in drafts])[:, None]
         mask = real & (torch.arange(xt.shape[1]) > 0)  # nothing is done to bos
         count, weight = self.shares(mask)
-        return {"xt": xt, "ids": ids, "real": real, "mask": mask, "count": count, "weight": weight}
+        each = {name: value for name, value in rows.items() if value.dim() == 1}  # of the trainer
+        return each | {"xt": xt, "ids": ids, "real": real, "mask": mask, "count": count, "weight": weight}
 
     def terms(self, model: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
         places, real = batch["places"], batch.get("real")
@@ -344,12 +355,21 @@ def mend(model: Backbone, how: Levenshtein, drafts: Sequence[Sequence[int]], rou
         for row, labels in zip(busy, logits.argmax(-1).tolist()):
             labels[0] = drafts[row][0]
             edited = apply_edits(drafts[row], labels, how.mask_id, how.delete, how.split)
-            if edited[:longest] != drafts[row]:
+            if len(edited) <= longest and edited != drafts[row]:  # otherwise the row rests as it is
                 still.append(row)
-            drafts[row] = edited[:longest]
+                drafts[row] = edited
         yield [list(draft) for draft in drafts]
         if not (busy := still):
             return
+
+# %% ../nbs/17_editing.ipynb #varied
+def varied(words: dict[str, str]) -> toy.ToyLanguage:
+    "The English toy language with these word lists, in stories of many lengths."
+    more = {"meeting": "{hero} the {kind} met {other} the {other_kind} .",
+            "toy fact": "{hero} owns the {toy} .", "ending": "{hero} went home to the {home} ."}
+    told = {name: ways | ({"short": more[name]} if name in more else {})
+            for name, ways in toy.ENGLISH["sentences"].items()}
+    return toy.ToyLanguage("varied", words, told, toy.ENGLISH["asks"], toy.RULES)
 
 # %% ../nbs/17_editing.ipynb #damage
 def damage(ids: list[int], kind: Literal["missing", "doubled", "gap"], size: int, mask_id: int,

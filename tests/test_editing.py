@@ -122,12 +122,12 @@ def by_hand(denoise, ids, maskable, policy):
     size, shots = policy.block_length or len(wanted), []
     blocks = [wanted[k : k + size] for k in range(0, len(wanted), size)]
     for number, block in enumerate(blocks):
-        reach = [place for some in blocks[: number + 1] for place in some] if policy.behind and policy.edit is not None else block
+        reach = [place for some in blocks[: number + 1] for place in some] if policy.earlier and policy.edit is not None else block
         post, last = 0, number == len(blocks) - 1
         while True:
             had = any(ids[place] == MASK_ID for place in reach)
             if not had:
-                if policy.edit is None or post == policy.post or (policy.behind and not last):
+                if policy.edit is None or post == policy.post or (policy.earlier and not last):
                     break
                 post += 1
             p, v = denoise(torch.tensor([ids]))[0].softmax(-1).max(-1)
@@ -140,13 +140,13 @@ def by_hand(denoise, ids, maskable, policy):
             shots.append(list(ids))
             if not had and not change:
                 break
-            if policy.behind and not last and not any(ids[place] == MASK_ID for place in reach):
+            if policy.earlier and not last and not any(ids[place] == MASK_ID for place in reach):
                 break
     return shots
 
 
-POLICIES = [EditPolicy(limit=limit, edit=edit, block_length=size, post=post, behind=behind)
-            for limit, edit, size, post, behind in itertools.product((0.9, 0.2, 0.08), (None, 0.0, 0.3), (None, 4), (0, 5), (True, False))]
+POLICIES = [EditPolicy(limit=limit, edit=edit, block_length=size, post=post, earlier=earlier)
+            for limit, edit, size, post, earlier in itertools.product((0.9, 0.2, 0.08), (None, 0.0, 0.3), (None, 4), (0, 5), (True, False))]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -174,17 +174,17 @@ def test_without_edits_it_is_the_threshold_of_chapter_10():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("post", [0, 1, 7])
-def test_it_ends_though_the_model_always_wants_something_else(post, behind):
+def test_it_ends_though_the_model_always_wants_something_else(post, earlier):
     def restless(ids, attention_mask=None):
         logits = torch.zeros(*ids.shape, 6)
         return logits.scatter(2, ((ids + 1) % 5)[..., None], 9.0)
 
     canvas = torch.full((2, 8), 5)
-    policy = EditPolicy(edit=0.0, limit=0.99999, post=post, behind=behind, block_length=4)
+    policy = EditPolicy(edit=0.0, limit=0.99999, post=post, earlier=earlier, block_length=4)
     steps = list(write(restless, canvas, policy, mask_id=5))
-    assert len(steps) == 8 + post * (1 if behind else 2) and not (steps[-1].ids == 5).any()
+    assert len(steps) == 8 + post * (1 if earlier else 2) and not (steps[-1].ids == 5).any()
 
 
 def test_temperature_draws_for_masks_only_and_the_draws_have_the_models_distribution():
@@ -203,8 +203,8 @@ def test_temperature_draws_for_masks_only_and_the_draws_have_the_models_distribu
 def test_a_text_ends_at_eos_and_no_mask_is_left():
     canvas = prompt_canvas(torch.tensor([[3, 4], [5, 6], [9, 2]]), MASK_ID, 24)
     favour = lambda ids, attention_mask=None: 2 * hash_oracle(ids) + torch.nn.functional.one_hot(torch.tensor(EOS_ID), VOCAB) * 3.0
-    for behind in (True, False):
-        policy = EditPolicy(limit=0.2, edit=None, block_length=6, eos_id=EOS_ID, behind=behind)
+    for earlier in (True, False):
+        policy = EditPolicy(limit=0.2, edit=None, block_length=6, eos_id=EOS_ID, earlier=earlier)
         steps = list(write(favour, policy=policy, mask_id=MASK_ID, **canvas))
         ids = steps[-1].ids[:, 2:]
         ended = (ids == EOS_ID).cumsum(1) > 0
@@ -247,7 +247,7 @@ def test_blocks_are_written_as_diffusers_writes_them(threshold, editing, size):
         prompt = torch.randint(0, 39, (1, 8), generator=make_generator(seed))
         theirs = pipe(input_ids=prompt, gen_length=16, block_length=size, num_inference_steps=16, threshold=threshold, editing_threshold=editing,
                       max_post_steps=4, temperature=0.0, eos_early_stop=False, mask_token_id=39, use_chat_template=False, output_type="seq").sequences
-        policy = EditPolicy(limit=threshold, edit=editing, block_length=size, post=5, behind=False)
+        policy = EditPolicy(limit=threshold, edit=editing, block_length=size, post=5, earlier=False)
         ours = finish(write(BlockDenoiser(model), policy=policy, **prompt_canvas(prompt, 39, 16)))
         plain = finish(write(BlockDenoiser(model), policy=replace(policy, edit=None), **prompt_canvas(prompt, 39, 16)))
         assert torch.equal(theirs, ours[:, 8:])
@@ -348,7 +348,8 @@ def test_mending_ends_where_the_model_says_and_rows_go_at_their_own_pace():
     drafts = [texts[0], [21, 8, 5, 18, 1], [22, 9, 9, 9, 7, 1]]
     rounds = list(mend(Oracle(texts), LEV, drafts))
     assert rounds[-1] == texts and rounds[0][2] == texts[2] and len(rounds) > 5 and drafts[1] == [21, 8, 5, 18, 1]
-    assert all(len(row) <= 8 for row in list(mend(Oracle(texts), LEV, drafts, longest=8))[-1])
+    short = list(mend(Oracle(texts), LEV, drafts, longest=8))[-1]
+    assert short[0] == texts[0] and short[2] == texts[2] and len(short[1]) <= 8 and short[1][-1] == 1  # no end is cut off
     assert len(list(mend(Oracle(texts), LEV, drafts, rounds=2))) == 2
 
 
