@@ -295,7 +295,7 @@ class Study:
 
 @dataclass
 class Export:
-    "Write a run in the layout of another world: sdar, block models for SGLang, LMDeploy and JetEngine."
+    "Write a run in the layout of another world: sdar, block models for engines such as SGLang."
     folder: Positional[Path]  # run folder
     out: Path  # folder to make
     format: Literal["sdar"] = "sdar"  # the layout

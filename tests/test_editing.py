@@ -19,12 +19,13 @@ from nanollada.core import UserError, make_generator
 from nanollada.data import toy_tokenizer
 from nanollada.editing import (
     EditPolicy, EditPretrainConfig, EditWriteConfig, Editing, Levenshtein, apply_edits, damage, edit_labels, lcs, make_editing, mend,
-    objective_of, plant, spoil)
+    objective_of, plant, spoil, varied)
 from nanollada.elbo import MaskedDiffusion
-from nanollada.fast import BlockDenoiser, write_steps
+from nanollada.fast import BlockDenoiser, CachedDenoiser, write_steps
 from nanollada.pretrain import document_rows
 from nanollada.sampler import Policy, by_threshold, finish, prompt_canvas, write
-from nanollada.trainer import TrainConfig
+from nanollada.studies import Rows
+from nanollada.trainer import TrainConfig, train
 
 
 def net(vocab=40, **cfg):
@@ -164,6 +165,44 @@ def test_passes_are_those_done_by_hand_and_rows_do_not_disturb_each_other(policy
         assert [step.ids[0].tolist() for step in alone] == shots
         assert together[-1].ids[row].tolist() == (shots[-1] if shots else canvas[row].tolist())
     assert torch.equal(together[-1].ids[~maskable], canvas[~maskable])
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_rows_whose_blocks_lie_apart_are_each_checked_to_the_end(earlier):
+    canvas = torch.randint(2, MASK_ID, (2, 23), generator=make_generator(3))
+    maskable = torch.zeros(2, 23, dtype=torch.bool)
+    maskable[0, 20:], maskable[1, :7] = True, True
+    canvas[maskable] = MASK_ID
+    policy = EditPolicy(limit=0.05, edit=0.0, block_length=4, post=3, earlier=earlier)
+    sharp = lambda ids, attention_mask=None: 2 * hash_oracle(ids)
+    last = finish(write(sharp, canvas, policy, mask_id=MASK_ID, maskable=maskable))
+    for row in range(2):
+        assert last[row].tolist() == by_hand(sharp, canvas[row].tolist(), maskable[row].tolist(), policy)[-1]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_what_lies_behind_the_end_is_not_asked_about_and_a_row_ends_when_its_own_block_is_full(earlier):
+    def talkative(ids, attention_mask=None):  # EOS at the sixth column, and words ever after
+        logits = torch.zeros(*ids.shape, 9)
+        logits[..., 4] = 5.0
+        logits[:, 6, 1] = 9.0
+        return logits
+
+    canvas = torch.full((2, 40), 8)
+    canvas[:, :2] = canvas[1, :3] = 3
+    policy = EditPolicy(limit=0.5, edit=0.0, block_length=6, eos_id=1, earlier=earlier)
+    steps = list(write(talkative, canvas, policy, mask_id=8))
+    assert len(steps) <= 4 and (steps[-1].ids[:, 7:] == 1).all() and (steps[-1].ids[:, 6] == 1).all()
+    assert not any(((step.places % 40) > 13).any() for step in steps)
+
+
+def test_given_text_is_not_edited_with_a_cache():
+    model = net(40)
+    canvas = torch.randint(0, 39, (1, 12), generator=make_generator(0))
+    with pytest.raises(UserError, match="without"):
+        list(write(CachedDenoiser(model), canvas, EditPolicy(), maskable=torch.ones(1, 12, dtype=torch.bool)))
+    ids = finish(write(CachedDenoiser(model), policy=EditPolicy(limit=0.1, edit=0.1, block_length=4, earlier=False), **prompt_canvas(canvas, 39, 8)))
+    assert not (ids == 39).any()
 
 
 def test_without_edits_it_is_the_threshold_of_chapter_10():
@@ -325,6 +364,24 @@ def test_the_noise_of_a_batch_is_drafts_and_their_labels():
     nats, count = lev.terms(model, with_places(batch))
     alone = [lev.terms(model, with_places({k: v[row : row + 1] for k, v in batch.items()}))[0] for row in range(6)]
     assert torch.allclose(nats, torch.cat(alone), rtol=1e-4) and torch.equal(count, batch["mask"].sum(1).float())
+
+
+def test_it_trains_and_validates_as_any_objective(tmp_path):
+    words = toy_tokenizer()
+    lev = Levenshtein(words.mask_token_id, words.eos_token_id, len(words), len(words) + 1)
+    rows = Rows(document_rows(words, toy.sample(20, 0, varied(toy.ENGLISH["words"])), 58)[0])
+    model = Backbone(preset("toy", len(words) + 2, mask_token_id=words.mask_token_id, max_position_embeddings=128))
+    done = train(model, lev, rows, TrainConfig(steps=3, batch_size=4, progress=False, eval_every=1), rows)
+    assert [record["split"] for record in done.history].count("valid") >= 2 and done.steps == 3
+    with pytest.raises(UserError, match="a row has no end"):
+        lev.noise({"ids": torch.full((1, 9), 7)})
+
+
+def test_varied_stories_have_many_lengths_and_a_grammar():
+    language, words = varied(toy.ENGLISH["words"]), toy_tokenizer()
+    texts = toy.sample(300, 0, language)
+    assert all(toy.is_valid(text, language) for text in texts) and len({len(words.encode(text)) for text in texts}) >= 7
+    assert toy.is_valid(toy.sample(1, 0, "en")[0], language) and not toy.is_valid(texts[0] + " The end.", language)
 
 
 class Oracle(torch.nn.Module):
