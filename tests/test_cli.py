@@ -419,7 +419,7 @@ def test_readme_commands_exist():
     for line in set(re.findall(r"^nanollada ([a-z]+ .*?)$", readme + results, re.M)):
         verb = next(verb for verb in VERBS if line.startswith(verb + " "))
         used = re.findall(r"--([a-z-]+)", line)
-        fields = {("no-" if name in ("pack", "fast", "progress") else "") + name.replace("_", "-") for name in _fields(verb)}
+        fields = {("no-" if name in ("pack", "fast", "progress", "causal_clean") else "") + name.replace("_", "-") for name in _fields(verb)}
         assert set(used) <= fields, (verb, set(used) - fields)
     for link in re.findall(r"\]\(((?:nbs|LICENSE)[^)]*)\)", readme):
         assert (ROOT / link).exists(), link

@@ -22,7 +22,8 @@ def test_no_table_is_empty():
         assert tables and not [name for name, table in tables if table.count("\n") < 3], page
 
 
-@pytest.mark.parametrize("name", ("recipe", "twins", "data", "reversal", "order", "questions", "lengths", "guidance", "speed"))
+@pytest.mark.parametrize("name", ("recipe", "twins", "data", "reversal", "order", "questions", "lengths", "guidance", "speed",
+                                  "blocks", "speculation", "editing", "gaps"))
 def test_a_saved_study_says_how_it_was_made(name):
     report = read_json(ROOT / "nbs" / "results" / f"{name}.json", dict)
     assert report["command"] == f"nanollada study {name} --budget cpu" and report["seeds"] == [1, 2, 3]
