@@ -24,7 +24,7 @@ DATA = "data poetry --dynasty tang --min-chars 20 --max-chars 120 --limit 21500 
 TRAIN = "pretrain --data data/tang --preset mini --length 128 --document-mask --batch-size 16"
 WAYS = {"ar": ("--objective ar", 1), "diffusion": ("--objective diffusion", 1), "joint": ("--objective joint", 1),
         "joint, twice as long": ("--objective joint", 2),  # its arguments, and how many times the seconds
-        "blocks of 4, after ar": ("--objective block --block-length 4 --init-from runs/poems/ar_{seed}", 0.3)}
+        "blocks of 4, after ar": ("--objective block --block-length 4 --init-from runs/poems/ar_{seed}", 0.6)}
 EVAL = "--data data/tang --content-only --limit 200 --masks 32 --json"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

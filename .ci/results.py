@@ -47,6 +47,12 @@ def poem_speed() -> str:
                       f"`{about['command']}`: one thread; {about['machine']}, torch {about['torch']}."])
 
 
+def poem_drafts() -> str:
+    "How much drafts save on poems, one training."
+    rows = read_json(RESULTS / "poems_drafts.json", dict)["rows"]
+    return study_table(rows, ("task", "way"), "passes", "passes_saved", "times_left", "same", "nats")
+
+
 WRITTEN = ("grammatical_share", "distinct_2", "word_entropy")
 TABLES = {
     "demo": demo, "poems": poems, "poem speed": poem_speed,
@@ -67,6 +73,7 @@ TABLES = {
     "choices": lambda: study("guidance", ("right",), ("scale", "masks"), task="choose"),
     "speed": lambda: study("speed", ("tokens_per_second", "times_ar", *WRITTEN)),
     "blocks": lambda: study("blocks", ("excess", "excess_left", *WRITTEN)),
+    "poem drafts": poem_drafts,
     "drafts": lambda: study("speculation", ("passes", "passes_saved", "times_left", "same")),
     "edits": lambda: study("editing", ("passes", *WRITTEN), ("way", "policy", "limit"), task="draw"),
     "planted": lambda: study("editing", ("before", "after", "restored", "clean_right"), ("way", "policy"), task="planted"),
