@@ -147,7 +147,7 @@ def _plan_speculation(budget: str) -> list[dict]:
     return [{"seed": seed} for seed in SEEDS[budget]]
 
 # %% ../nbs/20b_beyond.ipynb #EDITS
-EDITS: dict[str, tuple] = {  # how it learns, and what an update costs (below)
+EDITS: dict[str, tuple] = {  # how it learns, and about what an update costs (below)
     "joint": (None, 1.0), "wrong tokens": ({}, 1.13), "and own proposals": (dict(own=0.5), 1.26)}
 
 
