@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Axes', 'Figure', 'COLOURS', 'chinese_font', 'can_draw', 'plot_losses', 'save_figure', 'save_loss_plot', 'draw_frame',
-           'save_gif', 'draw_order']
+           'pieces_of', 'show_canvas', 'draw_film', 'save_gif', 'draw_order']
 
 # %% ../nbs/96_viz.ipynb #imports
 from functools import cache
@@ -82,6 +82,28 @@ def draw_frame(axis: Axes, pieces: list[str | None], columns: int = 10, before: 
     colours = ["#c8c8c8" if piece is None else COLOURS[4] if old is None else "white" for piece, old in pairs]
     _draw_grid(axis, [(piece or "").strip()[:10] for piece in pieces], colours, columns)
     axis.set_axis_off()
+
+# %% ../nbs/96_viz.ipynb #pieces_of
+def pieces_of(ids: Any, tokenizer: Any) -> list[str | None]:
+    "The text of each token of a canvas (L,), None where a mask stands."
+    return [None if int(i) == tokenizer.mask_token_id else tokenizer.decode([int(i)]) for i in ids]
+
+
+def show_canvas(pieces: list[str | None]) -> str:
+    "A canvas in one line of text, ▒▒▒ for each mask."
+    return "".join(" ▒▒▒" if piece is None else piece for piece in pieces).strip()
+
+# %% ../nbs/96_viz.ipynb #draw_film
+def draw_film(axis: Axes, film: list[list[str | None]], labels: list[str]) -> None:
+    "Draw canvases as rows, grey where a mask stands, blue where one stood in the row above."
+    rows = list(zip([film[0], *film], film))
+    colours = ["#c8c8c8" if piece is None else COLOURS[4] if old is None else "white"
+               for before, now in rows for old, piece in zip(before, now)]
+    texts = [(piece or "").strip()[:10] for row in film for piece in row]
+    _draw_grid(axis, texts, colours, len(film[0]))
+    axis.set_yticks([row + 0.5 for row in range(len(film))], labels)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 # %% ../nbs/96_viz.ipynb #save_gif
 def save_gif(film: list[list[str | None]], path: str | Path, columns: int = 10, seconds: float = 6.0) -> Path:

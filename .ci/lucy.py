@@ -1,0 +1,44 @@
+"""Train the two small models that the index, chapters 10 to 12, the README and the page in the browser read: nbs/weights/lucy, lucy_ar.
+
+    python .ci/lucy.py lucy       diffusion, after a quarter of its updates as an AR model; one core, half an hour
+    python .ci/lucy.py lucy_ar    its autoregressive twin, with half the updates
+
+Both learn English stories of the toy language, none of them twice, and are stored in bfloat16: two megabytes together.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nanollada import toy
+from nanollada.backbone import save_run
+from nanollada.core import write_json
+from nanollada.pretrain import RECIPE, document_rows
+from nanollada.studies import DEV, Rows, new_model, provenance, score_stories
+from nanollada.tokenizer import train_tokenizer
+from nanollada.trainer import train
+import nanollada.studies as studies
+
+SHAPE = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+KINDS = {"lucy": ("joint", 5000), "lucy_ar": ("ar", 2500)}
+
+name = sys.argv[1]
+kind, steps = KINDS[name]
+torch.set_num_threads(1)
+tokenizer = train_tokenizer(toy.sample(20_000, 0, "en"), 1000)
+model, objective = new_model(kind, len(tokenizer), tokenizer.mask_token_id, 0, **SHAPE)
+cfg = replace(RECIPE, steps=steps, device="cpu", progress=False)
+rows = Rows(document_rows(tokenizer, toy.sample(steps * cfg.batch_size, 0, "en"))[0])
+done = train(model, objective, rows, cfg)
+model = model.bfloat16().float().eval()  # what is stored is what is scored
+
+studies.tokenizer_of_stories, studies.ROW = lambda: tokenizer, rows.ids.shape[1]
+folder = Path(__file__).parent.parent / "nbs" / "weights" / name
+save_run(model, tokenizer, folder, {name: weight.bfloat16() for name, weight in model.state_dict().items()})
+write_json(folder / "about.json", {
+    "command": f"python .ci/lucy.py {name}", "made": provenance(), "kind": kind, "updates": done.steps, "seconds": done.seconds,
+    "stories": len(rows), "parameters": sum(p.numel() for p in model.parameters()), "entropy": toy.entropy("en"),
+    "above_the_language": score_stories(model, 500, DEV)})
+print(open(folder / "about.json").read())

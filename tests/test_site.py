@@ -1,0 +1,72 @@
+"What the site promises and a machine can check without Quarto: rhythm, captions, answers, links, citations, the glossary."
+import json
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+CELLS = {path: nbformat.read(path, as_version=4).cells for path in sorted(NBS.glob("*.ipynb"))}
+CHAPTERS = [path for path in CELLS if path.stem[:2].isdigit() and path.stem < "95"]
+TEXT = {path: "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown") for path, cells in CELLS.items()}
+PAGES = [path for path in [*CELLS, *NBS.glob("*.qmd")]]
+by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+by_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+
+
+def text_of(path: Path) -> str:
+    "A page's own words, without code."
+    return re.sub(r"```.*?```|`[^`\n]*`", "", TEXT.get(path) or path.read_text(encoding="utf-8"), flags=re.S)
+
+
+def is_picture(cell: nbformat.NotebookNode) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+
+
+@by_chapter
+def test_cells_have_the_rhythm_of_good_books(path):
+    lines = [[line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+             for cell in CELLS[path] if cell.cell_type == "code" and not re.search(r"^#\| (default_exp|hide)", cell.source, re.M)]
+    sizes = sorted(len(each) for each in lines if each)
+    assert statistics.median(sizes) <= 7 and sizes[int(0.9 * len(sizes))] < 20 and sizes[-1] <= 40, sizes
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_pictures_have_captions_and_alternative_text(path):
+    for cell in CELLS[path]:
+        if is_picture(cell):
+            given = dict(re.findall(r"^#\| (fig-cap|fig-alt): (.+)$", cell.source, re.M))
+            assert all(len(given.get(name, "")) > 20 for name in ("fig-cap", "fig-alt")), cell.source[:200]
+        if cell.cell_type == "markdown":
+            assert not re.search(r"!\[\]\(", cell.source), cell.source[:200]
+
+
+@by_chapter
+def test_a_chapter_answers_two_exercises_and_says_what_comes_next(path):
+    if any("## Try this" in cell.source for cell in CELLS[path]):
+        assert len(re.findall(r"<summary>Answer to [12]</summary>", TEXT[path])) == 2
+        assert re.search(r"\*\*Next:\*\*.*\]\(\w+\.ipynb\)", TEXT[path], re.S)
+
+
+@by_page
+def test_links_between_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+?)(?:#[^)\s]*)?\)", text_of(path)):
+        if not re.match(r"https?:|mailto:", target):
+            assert (NBS / target).exists(), f"{path.name} links to {target}"
+
+
+@by_page
+def test_citations_are_in_the_bibliography(path):
+    known = set(re.findall(r"^@\w+\{(\w+),", (NBS / "references.bib").read_text(encoding="utf-8"), re.M))
+    cited = set(re.findall(r"(?<![\w.])@(?!fig-|eq-|tbl-|sec-)([a-z]\w*)", text_of(path)))
+    assert cited <= known, cited - known
+
+
+@by_page
+def test_cross_references_of_a_page_have_their_target(path):
+    whole = (json.dumps([cell.source for cell in CELLS[path]]) if path in CELLS else path.read_text(encoding="utf-8"))
+    for kind, name in set(re.findall(r"@(fig|eq|tbl|sec)-([\w-]+)", text_of(path))):
+        assert re.search(rf"#{kind}-{name}\}}|label: {kind}-{name}\b", whole), f"{path.name}: @{kind}-{name}"
