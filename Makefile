@@ -16,7 +16,7 @@ demo: .venv/ready  ## train both models on the embedded corpus, compare, draw: r
 
 test: .venv/ready  ## every notebook in a fresh kernel, then all tests
 	$(BIN)/python .ci/notebooks.py test
-	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)"  # the site's pages, without Quarto
+	$(BIN)/python .ci/pages.py  # the site's pages, without Quarto
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
 scripts: .venv/ready  ## notebooks -> scripts/*.py, for editing
@@ -33,7 +33,9 @@ export: .venv/ready  ## notebooks -> package
 
 docs: .venv/ready  ## the site, in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: get it from https://quarto.org"; exit 1; }
-	$(BIN)/nbdev_docs
+	$(BIN)/python .ci/pages.py
+	quarto render _proc --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
 
 clean:  ## remove what the other targets made, except runs and data
 	rm -rf .venv build scripts _proc _docs *.egg-info nanollada/__pycache__ tests/__pycache__
