@@ -14,11 +14,14 @@ import torch
 
 from nanollada import toy
 from nanollada.backbone import save_run
-from nanollada.core import write_json
+from nanollada.core import make_generator, write_json
+from nanollada.fast import by_entropy
 from nanollada.pretrain import RECIPE, document_rows
+from nanollada.sampler import Policy, write
 from nanollada.studies import DEV, Rows, new_model, provenance, score_stories
 from nanollada.tokenizer import train_tokenizer
 from nanollada.trainer import train
+from nanollada.viz import pieces_of, save_gif
 import nanollada.studies as studies
 
 SHAPE = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
@@ -42,3 +45,11 @@ write_json(folder / "about.json", {
     "stories": len(rows), "parameters": sum(p.numel() for p in model.parameters()), "entropy": toy.entropy("en"),
     "above_the_language": score_stories(model, 500, DEV)})
 print(open(folder / "about.json").read())
+
+if kind == "joint":  # the film of the index and the README: a story written anywhere on the canvas, as many words a pass as are hardly in doubt
+    canvas = torch.full((1, rows.ids.shape[1]), tokenizer.mask_token_id)
+    canvas[0, 0], canvas[0, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    how = Policy(remasking="entropy", commit=by_entropy, limit=0.1, temperature=0.5)
+    steps = list(write(model.denoise, canvas, how, generator=make_generator(0, "film")))
+    frames = [pieces_of(ids[0, 1:-1], tokenizer) for ids in (canvas, *(step.ids for step in steps))]
+    save_gif(frames, folder.parent.parent / "images" / "unmasking.gif", columns=11, seconds=8)

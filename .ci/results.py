@@ -5,15 +5,17 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key o
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nanollada.core import read_json
-from nanollada.demo import report_table
+from nanollada.demo import MODELS, report_table
 from nanollada.studies import how_made, study_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGES = ROOT / "nbs" / "results", ("RESULTS.md", "README.md")
+RESULTS, PAGES = ROOT / "nbs" / "results", ("RESULTS.md", "README.md", "README_zh.md")
 
 
 def study(name: str, found: tuple = (), by: tuple = (), **only: object) -> str:
@@ -27,6 +29,29 @@ def demo() -> str:
     "The tables of the demo, without its samples."
     report = read_json(RESULTS / "demo_cpu.json", dict)
     return report_table(report).split("\n\nWritten by")[0]
+
+
+def seeds() -> str:
+    "The demo of three seeds: what each model has learned, and the text it writes by default."
+    reports = [read_json(RESULTS / f"demo_cpu{end}.json", dict) for end in ("", "_1", "_2")]
+    floor = reports[0]["entropy"]["per_document"]
+
+    def cell(value: Callable[[dict], float], form: str) -> str:
+        found = [value(report) for report in reports]
+        return f"{statistics.mean(found):{form}} ± {statistics.stdev(found):{form}}"
+
+    lines = ["| model | above the entropy | left to right | grammatical | distinct pairs | tokens/s |", "|---" * 6 + "|",
+             f"| the language | 0 | 0 | 100% | {cell(lambda r: r['language']['distinct_2'], '.3f')} | |"]
+    for name, (_, score) in MODELS.items():
+        key = f"{name}_{score}"
+        lines.append(f"| {name}, {score.upper()} | {cell(lambda r: r[key]['per_document'] / floor - 1, '.1%')} "
+                     f"| {cell(lambda r: r[key]['chain_rule'] / floor - 1, '.1%')} "
+                     f"| {cell(lambda r: r['grammatical_share'][name], '.0%')} "
+                     f"| {cell(lambda r: r['writing'][name]['default']['distinct_2'], '.3f')} "
+                     f"| {cell(lambda r: r['tokens_per_second'][name], ',.0f')} |")
+    each = {report["training"][name]["seconds"] for report in reports for name in MODELS}
+    return "\n".join([*lines, "", f"`nanollada demo --seed N`, N = {', '.join(str(r['seed']) for r in reports)}: ± is the standard deviation over seeds; "
+                      f"{min(each):.0f} to {max(each):.0f} seconds a model; {reports[0]['machine']}, torch {reports[0]['torch']}; 100 stories written together at temperature 0.5."])
 
 
 def poems() -> str:
@@ -55,7 +80,7 @@ def poem_drafts() -> str:
 
 WRITTEN = ("grammatical_share", "distinct_2", "word_entropy")
 TABLES = {
-    "demo": demo, "poems": poems, "poem speed": poem_speed,
+    "demo": demo, "seeds": seeds, "poems": poems, "poem speed": poem_speed,
     "recipe": lambda: study("recipe", ("dev", "test", "default_grammatical_share", "default_distinct_2", "default_word_entropy",
                                         "everywhere_grammatical_share", "updates")),
     "reversal": lambda: study("reversal"),
