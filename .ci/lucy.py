@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from nanollada import toy
 from nanollada.backbone import save_run
@@ -21,7 +23,7 @@ from nanollada.sampler import Policy, write
 from nanollada.studies import DEV, Rows, new_model, provenance, score_stories
 from nanollada.tokenizer import train_tokenizer
 from nanollada.trainer import train
-from nanollada.viz import pieces_of, save_gif
+from nanollada.viz import draw_film, pieces_of, save_gif
 import nanollada.studies as studies
 
 SHAPE = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
@@ -53,3 +55,12 @@ if kind == "joint":  # the film of the index and the README: a story written any
     steps = list(write(model.denoise, canvas, how, generator=make_generator(0, "film")))
     frames = [pieces_of(ids[0, 1:-1], tokenizer) for ids in (canvas, *(step.ids for step in steps))]
     save_gif(frames, folder.parent.parent / "images" / "unmasking.gif", columns=11, seconds=8)
+
+    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="#0b4f71")  # the card that other sites show of this one
+    figure.text(0.06, 0.82, "nanollada", fontsize=54, color="white", weight="bold")
+    figure.text(0.06, 0.68, "A book that runs: masked-diffusion language models\nand their autoregressive twins, step by step", fontsize=22, color="white")
+    axis = figure.add_axes((0.06, 0.08, 0.88, 0.5))
+    draw_film(axis, [frames[n][:11] for n in (0, 4, 8, 12, len(frames) - 1)], [""] * 5)
+    axis.set_axis_off()
+    axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, facecolor="white", zorder=-1))
+    figure.savefig(folder.parent.parent / "card.png")

@@ -15,7 +15,7 @@ from nbdev.process import Processor
 ROOT = Path(__file__).resolve().parent.parent
 GONE = {"hide", "default_exp", "exporti"}
 HEADING = re.compile(r"^(?:---\n+)?(\[source\]\([^)]*\)\{[^}]*\}\n+)?(#+ [^\n]+\n)", re.M)
-CHAPTER = re.compile(r"(?<![\[\w])((?:chapters?|appendix|appendices|and|to|,) )(\d\d[a-z]?)(?![\d.\]%]|[^\[\n]*\]\()", re.I)
+CHAPTER = re.compile(r"\b(?:chapters?|appendix|appendices)((?:,? ?(?:and|to|or)? ?\d\d[a-z]?\b(?! ?%|\.\d))+)", re.I)
 PLAIN = {"entropy", "answer", "nats", "score", "write", "draw", "begin", "turns", "passes", "noise", "log", "attend", "measure",
          "forbid", "opened", "advance", "finish", "train", "demo", "rotate", "cross", "mend", "spoil", "plant", "damage", "varied"}
 
@@ -24,6 +24,14 @@ def chapter_number(path: Path) -> str | None:
     "4 of 04_backbone.ipynb, 14a of 14a_chat.ipynb; None of a page without a number."
     found = re.match(r"(\d\d[a-z]?)_", path.name)
     return found and found[1]
+
+
+def with_links(text: str, files: dict[str, str]) -> str:
+    "A line of prose in which `chapter NN` and its like lead to the pages, as `files` has them by number."
+    def link(found: re.Match) -> str:
+        return re.sub(r"\d\d[a-z]?", lambda m: f"[{m[0]}]({files[m[0]]})" if m[0] in files else m[0], found[0])
+    parts = re.split(r"(\[[^\]]*\]\([^)]*\)|`[^`]*`)", text)  # links and code stay as they are
+    return "".join(part if n % 2 else CHAPTER.sub(link, part) for n, part in enumerate(parts))
 
 
 def is_plumbing(source: str) -> bool:
@@ -74,13 +82,11 @@ class link_chapters(Processor):
                                     "href": f"https://colab.research.google.com/github/{where}"}]
         self.nb.cells[0].source = f"---\n{yaml.dump(about, allow_unicode=True)}---\n"
 
-        def link(found: re.Match) -> str:
-            return f"{found[1]}[{found[2]}]({files[found[2]]})" if found[2] in files else found[0]
-
         for cell in self.nb.cells[1:]:
             if cell.cell_type == "markdown":
                 lines = cell.source.split("\n")
-                cell.source = "\n".join(line if line.startswith(("#", "$")) else CHAPTER.sub(link, line) for line in lines)
+                cell.source = "\n".join(line if line.startswith(("#", "$")) else with_links(line, files) for line in lines)
+                cell.source = cell.source.replace("```mermaid", "```{mermaid}")
                 cell.source = re.sub(r"\[`(\w+)`\]\([^)]*#[^)]*\)", lambda m: f"`{m[1]}`" if m[1] in PLAIN else m[0], cell.source)
                 cell.source = re.sub(r"(\.html#\w+)\.\w+\)", r"\1)", cell.source)  # methods stand under their class
 

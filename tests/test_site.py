@@ -2,10 +2,12 @@
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -70,3 +72,62 @@ def test_cross_references_of_a_page_have_their_target(path):
     whole = (json.dumps([cell.source for cell in CELLS[path]]) if path in CELLS else path.read_text(encoding="utf-8"))
     for kind, name in set(re.findall(r"@(fig|eq|tbl|sec)-([\w-]+)", text_of(path))):
         assert re.search(rf"#{kind}-{name}\}}|label: {kind}-{name}\b", whole), f"{path.name}: @{kind}-{name}"
+
+
+@pytest.fixture(scope="module")
+def pages():
+    sys.path.insert(0, str(ROOT / ".ci"))
+    import pages
+    yield pages
+    sys.path.remove(str(ROOT / ".ci"))
+
+
+@pytest.fixture(scope="module")
+def staged(pages, tmp_path_factory):
+    "Chapter 06 as Quarto gets it."
+    from execnb.nbio import read_nb
+    from nbdev.processors import FilterDefaults
+    notebook = read_nb(NBS / "06_masking.ipynb")
+    notebook.path_ = str(NBS / "06_masking.ipynb")
+    FilterDefaults()(notebook)
+    return notebook.cells
+
+
+def test_exported_code_stays_in_sight(staged):
+    code = [cell.source for cell in staged if cell.cell_type == "code" and "source" in cell]
+    assert sum("def mask_tokens(" in source and "torch.where" in source for source in code) == 1
+    assert not any("default_exp" in source or "nbdev_export" in source or "#| export" in source for source in code)
+    headings = [text for cell in staged for output in cell.get("outputs", []) for text in output.get("data", {}).get("text/markdown", [])]
+    assert any("### mask_tokens" in text and "```" not in text and "|" not in text for text in headings)
+
+
+def test_pages_are_numbered_and_their_chapters_linked(staged, pages):
+    assert "6 · Masking" in staged[0].source and "colab.research.google.com" in staged[0].source
+    files = {"10": "10_sampler.ipynb", "14a": "14a_chat.ipynb"}
+    for said, links in (("see chapter 10.", 1), ("chapters 10 and 14a", 2), ("Chapter 99 is not", 0), ("of 10 to 14 words", 0),
+                        ("[chapter 10](10_sampler.ipynb)", 1), ("chapter 10 % of", 0)):
+        assert pages.with_links(said, files).count("](") == links, said
+
+
+def test_the_api_page_has_every_public_name(pages):
+    page = pages.api_page()
+    for path in (ROOT / "nanollada").glob("*.py"):
+        for name in re.findall(r"^(?:def|class) ([A-Za-z]\w*)", path.read_text(encoding="utf-8"), re.M):
+            assert path.stem.startswith("_") or f"[`{name}`]" in page, f"{path.stem}.{name}"
+
+
+def test_what_the_site_is_made_of_is_there():
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    wanted = [*site["project"]["resources"], site["bibliography"], site["website"]["favicon"], site["website"]["image"]]
+    wanted += [sheet for theme in site["format"]["html"]["theme"].values() for sheet in theme if sheet.endswith(".scss")]
+    missing = [name for name in wanted if not list(NBS.glob(name))]
+    assert not missing
+    listed = re.findall(r"[\w/]+\.(?:ipynb|qmd)", json.dumps(site["website"]))
+    assert not [name for name in listed if not (NBS / name).exists() and name != "api.qmd"]
+    assert "fonts.googleapis" not in "".join((NBS / name).read_text() for name in ("custom.scss", "dark.scss"))
+
+
+def test_chapter_00_is_short_and_exports_nothing():
+    cells = [cell for cell in CELLS[NBS / "00_masks.ipynb"] if cell.cell_type == "code" and "COLAB" not in cell.source]
+    lines = [line for cell in cells for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+    assert len(lines) < 60 and not any("#| export" in cell.source or "default_exp" in cell.source for cell in cells)
