@@ -103,7 +103,7 @@ def score_stories(model: Backbone, tokenizer: Tokenizer, cfg: DemoConfig) -> dic
              "per_token": nats.sum() / counts.sum()}
     return {name: value.item() for name, value in found.items()}
 
-
+# %% ../nbs/80_demo.ipynb #measure
 def measure(cfg: DemoConfig, name: str) -> dict[str, dict]:
     "Score held-out stories with one model, let it write, and look up how long it learned."
     model, tokenizer, _ = load_run(cfg.out / name, cfg.device)
@@ -129,7 +129,7 @@ def make_report(cfg: DemoConfig, found: dict[str, dict]) -> dict:
             **{key: {name: each[key] for name, each in found.items()} for key in ("training", "writing")},
             "settings": {way: asdict(how) for way, how in WRITING.items()}, "commands": commands(cfg)}
 
-
+# %% ../nbs/80_demo.ipynb #report_table
 def report_table(report: dict) -> str:
     "A report for a person: what each model has learned, what it writes in each way, and a few samples."
     floor, fresh, writing = report["entropy"]["per_document"], report["language"], report["writing"]
@@ -173,7 +173,7 @@ def draw_report(cfg: DemoConfig, floor: float) -> None:
     best = max(films, key=lambda text: (can_draw(text), toy.is_valid(text, cfg.language)))
     save_gif(films[best], cfg.out / "unmasking.gif", columns=10)
 
-
+# %% ../nbs/80_demo.ipynb #demo
 def demo(cfg: DemoConfig) -> dict:
     "Train the three models, measure, draw; everything is left in `cfg.out`, the report comes back."
     train_all(cfg)
