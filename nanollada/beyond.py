@@ -36,7 +36,7 @@ BLOCKS: dict[str, dict] = {  # noise; whether the clean half is causal
     "8, seen by blocks": dict(size=8, causal=False), "8, drafts": dict(size=8, full=0.5, weighted=False),
     "1, 4, 16, row, 8": dict(size=8, sizes=(1, 4, 16, ROW)), "8, confident": dict(size=8, confidence=0.5)}
 
-
+# %% ../nbs/20b_beyond.ipynb #block_model
 def block_model(seed: int, steps: int, size: int, causal: bool = True, confidence: float = 0.0,
                 **how: object) -> Backbone:
     "A block model that has learned stories by the recipe."
@@ -47,7 +47,7 @@ def block_model(seed: int, steps: int, size: int, causal: bool = True, confidenc
     train(model, objective, story_rows(max(by_budget(500, 20_000), steps * cfg.batch_size)), cfg)
     return model
 
-
+# %% ../nbs/20b_beyond.ipynb #causal_half
 def causal_half(model: Backbone) -> Backbone:
     "The autoregressive model in a block model that reads causally; the weights are shared."
     with torch.device("meta"):
@@ -68,7 +68,7 @@ def score_blocks(model: Backbone, n: int, seed: int = TEST) -> dict[str, float]:
         found["excess_left"] = (exact - floor).mean().item()
     return found
 
-
+# %% ../nbs/20b_beyond.ipynb #blocks
 def _blocks(way: str, seed: int) -> list[dict]:
     "Train in one way at equal compute, score, and let write."
     words, steps, found = tokenizer_of_stories(), by_budget(4, 600, 6000), {}
@@ -85,7 +85,7 @@ def _blocks(way: str, seed: int) -> list[dict]:
     told.pop("stories")
     return [{"dev": found["dev"]["excess"]} | found["test"] | told]
 
-
+# %% ../nbs/20b_beyond.ipynb #plan_blocks
 def _plan_blocks(budget: str) -> list[dict]:
     return [{"way": way, "seed": seed} for seed in SEEDS[budget] for way in ("ar", "joint", *BLOCKS)]
 
@@ -98,12 +98,12 @@ def surprise(model: Backbone, ids: torch.Tensor, start: int, eos_id: int) -> flo
     logits = causal_half(model)(ids[:, : end - 1], causal=True)[0, start - 1 :]
     return token_nll(logits, ids[0, start:end]).mean().item()
 
-# %% ../nbs/20b_beyond.ipynb #DRAFTS
+# %% ../nbs/20b_beyond.ipynb #DRAFTS-more
 DRAFTS: dict[str, dict] = {"left": dict(way="left")} | {
     f"{draft} masks, {tree} groups": dict(draft=draft, tree=tree)
     for draft, tree in product((4, 6, 8, 12), (1, 2, 3))}
 
-
+# %% ../nbs/20b_beyond.ipynb #race_drafts
 def race_drafts(model: Backbone, prompts: list[list[int]], gen_length: int, temperature: float, eos_id: int,
                 rounds: int = 3) -> list[dict]:
     "Speed and passes of drafts against none, on the same prompts, in turn; `same`: share of equal texts."
@@ -150,7 +150,7 @@ def _plan_speculation(budget: str) -> list[dict]:
 EDITS: dict[str, tuple] = {  # how it learns, and about what an update costs (below)
     "joint": (None, 1.0), "wrong tokens": ({}, 1.13), "and own proposals": (dict(own=0.5), 1.26)}
 
-
+# %% ../nbs/20b_beyond.ipynb #editing_model
 def editing_model(way: str, seed: int, steps: int) -> Backbone:
     "A model that has learned stories by the recipe, and to edit as `EDITS` says, at equal compute."
     words, (how, cost) = tokenizer_of_stories(), EDITS[way]
@@ -162,7 +162,7 @@ def editing_model(way: str, seed: int, steps: int) -> Backbone:
     train(model, objective, rows, replace(RECIPE, steps=steps, seed=seed, progress=False))
     return model.eval()
 
-
+# %% ../nbs/20b_beyond.ipynb #draw_stories
 def draw_stories(model: Backbone, policy: Policy, n: int, seed: int) -> dict[str, float]:
     "Write n stories on canvases of a row; passes a story, grammar and diversity."
     words, canvas = tokenizer_of_stories(), torch.full((n, ROW), model.cfg.mask_token_id)
@@ -173,10 +173,7 @@ def draw_stories(model: Backbone, policy: Policy, n: int, seed: int) -> dict[str
     texts = words.batch_decode(trim_answers(step.ids, words.eos_token_id, 1))
     return {"passes": passes.mean().item()} | judge_stories(texts)
 
-# %% ../nbs/20b_beyond.ipynb #KINDS_OF_WORDS
-KINDS_OF_WORDS = ("name", "kind", "home")
-
-
+# %% ../nbs/20b_beyond.ipynb #drawn
 def _drawn(model: Backbone, seed: int) -> list[dict]:
     "Stories by thresholds, without and with edits, and by doubt."
     ways, n = {}, by_budget(2, 64)
@@ -190,6 +187,9 @@ def _drawn(model: Backbone, seed: int) -> list[dict]:
         ways["doubt", doubt] = replace(FAST, limit=doubt, temperature=1.0)
     return [{"task": "draw", "policy": name, "limit": limit} | draw_stories(model, policy, n, seed)
             for (name, limit), policy in ways.items()]
+
+# %% ../nbs/20b_beyond.ipynb #KINDS_OF_WORDS
+KINDS_OF_WORDS = ("name", "kind", "home")
 
 
 def _planted(model: Backbone) -> list[dict]:
@@ -211,7 +211,7 @@ def _planted(model: Backbone) -> list[dict]:
                       "restored": (mended == clean).all(1).float().mean().item()})
     return found
 
-
+# %% ../nbs/20b_beyond.ipynb #editing
 def _editing(way: str, seed: int) -> list[dict]:
     "Train in one way; draw; mend."
     model = editing_model(way, seed, by_budget(4, 680, 6800))
@@ -232,7 +232,7 @@ def lengths_model(seed: int, steps: int, rows: Rows) -> tuple[Backbone, Levensht
 DAMAGES = (("doubled", 0), *product(("missing", "doubled"), (1, 2, 4)),
            *(("gap", n) for n in (1, 2, 4, 6, 8, 12)))  # kind, words
 
-
+# %% ../nbs/20b_beyond.ipynb #gaps
 def _gaps(way: str, seed: int) -> list[dict]:
     "Train in one way; mend what is damaged."
     words, steps, found = tokenizer_of_stories(), by_budget(4, 600, 6000), []

@@ -123,7 +123,7 @@ def summarize(rows: list[dict], by: Iterable[str], *found: str) -> list[dict]:
             {name: spread([row[name] for row in group if row.get(name) is not None] or [float("nan")])
              for name in found} for key, group in groups.items()]
 
-
+# %% ../nbs/20_studies.ipynb #study_table
 def study_table(rows: list[dict], by: Iterable[str], *found: str) -> str:
     "The groups of `summarize` in Markdown: mean ± deviation over seeds, of all numbers unless `found` says."
     def show(value: object) -> str:
@@ -139,7 +139,7 @@ def study_table(rows: list[dict], by: Iterable[str], *found: str) -> str:
     lines = [[*groups[0]], ["---"] * len(groups[0]), *([show(v) for v in group.values()] for group in groups)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-
+# %% ../nbs/20_studies.ipynb #how_made
 def how_made(report: dict) -> str:
     "By which command, from which seeds, in how many jobs, where and from which commits a study was made."
     jobs = f"{report['jobs']} jobs, {report['side_by_side']} side by side"
@@ -193,7 +193,7 @@ def story_model(kind: str, seed: int, steps: int, rows: Rows | None = None, **sh
     train(model, objective, rows or story_rows(max(by_budget(500, 20_000), steps * cfg.batch_size)), cfg)
     return model
 
-# %% ../nbs/20_studies.ipynb #chain_nats
+# %% ../nbs/20_studies.ipynb #chain_nats-more
 @torch.no_grad()
 def chain_nats(denoiser: Denoiser, ids: Tensor, surest: bool = False) -> Tensor:
     "Nats (B,) of rows (B, L) revealed token by token after the first: left to right, or the surest next."
@@ -210,7 +210,7 @@ def chain_nats(denoiser: Denoiser, ids: Tensor, surest: bool = False) -> Tensor:
         xt.view(-1)[places[chosen]] = told
     return nats
 
-
+# %% ../nbs/20_studies.ipynb #score_stories
 def score_stories(model: Backbone, n: int, seed: int = TEST, chains: bool = True,
                   canvas: int | None = ROW) -> dict[str, float]:
     "Nats a story above what the language itself pays for it: NLL or NELBO, and for diffusion two chains."
@@ -249,7 +249,7 @@ WAYS = {"joint": {}, "joint, twice the rate": dict(learning_rate=2.5e-3),
         "diffusion, 16 rows, 4e-3 for all, float32": dict(
             learning_rate=4e-3, adamw_ratio=1.0, batch_size=16, precision="no")}
 
-
+# %% ../nbs/20_studies.ipynb #recipe
 def _recipe(way: str, seed: int) -> list[dict]:
     "Train in one way for so many seconds; score and let write."
     words, cfg = tokenizer_of_stories(), replace(RECIPE, **WAYS[way], seed=seed, progress=False, steps=10**6,
@@ -268,11 +268,9 @@ def _recipe(way: str, seed: int) -> list[dict]:
         found |= {f"{name}_{k}": told[k] for k in ("grammatical_share", "distinct_2", "word_entropy")}
     return [{"updates": done.steps, "train_seconds": done.seconds} | found]
 
-
+# %% ../nbs/20_studies.ipynb #plan_recipe
 def _plan_recipe(budget: str) -> list[dict]:
     return [{"way": way, "seed": seed} for seed in SEEDS[budget] for way in WAYS]
-
-
 
 # %% ../nbs/20_studies.ipynb #shape_of
 def shape_of(width: int) -> dict[str, int]:
@@ -280,7 +278,7 @@ def shape_of(width: int) -> dict[str, int]:
     return dict(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=max(2, width // 64),
                 num_attention_heads=max(2, width // 32))
 
-
+# %% ../nbs/20_studies.ipynb #twins
 def _twins(width: int, units: float, kind: str, seed: int) -> list[dict]:
     "Train one model for so many units of compute, and score it."
     words = tokenizer_of_stories()
@@ -292,15 +290,13 @@ def _twins(width: int, units: float, kind: str, seed: int) -> list[dict]:
     found = score_stories(model, by_budget(4, 60), chains=units >= by_budget(0, 4))
     return [{"parameters": size, "steps": steps} | found]
 
-
+# %% ../nbs/20_studies.ipynb #plan_twins
 def _plan_twins(budget: str) -> list[dict]:
     names = "seed", "units", "width", "kind"
     units = {"smoke": (0.04,), "cpu": (1, 2, 4, 8), "gpu": (256, 1024, 4096, 16384)}[budget]
     widths = {"smoke": (64, 128), "cpu": (64, 128, 192), "gpu": (256, 384, 512)}[budget]
     some = product(SEEDS[budget], units, widths, KINDS)
     return [dict(zip(names, one)) for one in some]
-
-
 
 # %% ../nbs/20_studies.ipynb #with_dropout
 def with_dropout(model: Backbone, share: float) -> Backbone:
@@ -310,7 +306,7 @@ def with_dropout(model: Backbone, share: float) -> Backbone:
             part.register_forward_hook(lambda part, _, out: nn.functional.dropout(out, share, part.training))
     return model
 
-
+# %% ../nbs/20_studies.ipynb #data
 def _data(stories: int, way: str, seed: int) -> list[dict]:
     "Train on the same few stories for long, and score fresh ones now and then."
     words, kind = tokenizer_of_stories(), way.split()[0]
@@ -331,7 +327,7 @@ def _data(stories: int, way: str, seed: int) -> list[dict]:
             model.train()
     return found
 
-
+# %% ../nbs/20_studies.ipynb #plan_data
 def _plan_data(budget: str) -> list[dict]:
     if budget == "smoke":
         ways = {60: (*KINDS, "ar dropout decay")}
@@ -349,7 +345,7 @@ class Facts(NamedTuple):
     turned: Tensor  # the same facts the other way around, never told so
     names: int  # how many names there are: ids 0 to names - 1
 
-
+# %% ../nbs/20_studies.ipynb #friendships
 def friendships(n: int, seed: int) -> Facts:
     "n facts, a third told both ways, a third only forward, a third only backward."
     draws, bos, eos = make_generator(seed, "friends"), 2 * n, 2 * n + 1
@@ -364,7 +360,7 @@ def friendships(n: int, seed: int) -> Facts:
     turned = torch.cat([backward[third : 2 * third], forward[2 * third :]])
     return Facts(told, seen, turned, 2 * n)
 
-
+# %% ../nbs/20_studies.ipynb #guess_name
 @torch.no_grad()
 def guess_name(model: Backbone, rows: Tensor, column: int, names: Tensor) -> float:
     "How often the likeliest of these names for a column of rows [bos, name, relation, name, eos] is right."
@@ -401,12 +397,10 @@ def _reversal(variant: str, kind: str, seed: int) -> list[dict]:
     among = [guess_name(model, part[:most], 3, part[:, 3]) for part in parts]
     return [found | {"turned_among": sum(among) / 2, "chance_among": 1 / len(parts[0])}]
 
-
+# %% ../nbs/20_studies.ipynb #plan_reversal
 def _plan_reversal(budget: str) -> list[dict]:
     some = product(SEEDS[budget], ("base", "no positions", "tied"), KINDS)
     return [dict(zip(("seed", "variant", "kind"), one)) for one in some]
-
-
 
 # %% ../nbs/20_studies.ipynb #STUDIES
 STUDIES = {study.name: study for study in (

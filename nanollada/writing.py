@@ -53,7 +53,7 @@ def namesakes(texts: list[str]) -> float:
     pairs = [re.findall(r"(\w+) the", text)[:2] for text in texts]
     return mean(len(pair) == 2 and pair[0] == pair[1] for pair in pairs)
 
-
+# %% ../nbs/20a_writing.ipynb #order
 def _order(task: str, seed: int) -> list[dict]:
     "Train a model and let it write in every order; or as hot as it learned, in three."
     if task == "sudoku":
@@ -81,7 +81,7 @@ def sudoku_grids() -> Tensor:
         grids = [[*grid, line] for grid in grids for line in permutations(range(4)) if fits(grid, line)]
     return torch.tensor(grids).flatten(1)
 
-
+# %% ../nbs/20a_writing.ipynb #sudoku_puzzles
 def sudoku_puzzles(grids: Tensor, shown: int, generator: torch.Generator) -> Tensor:
     "For each grid (n, 16) so many of its cells, -1 elsewhere, such that no other grid has these."
     every, puzzles = sudoku_grids(), []
@@ -191,13 +191,13 @@ OFFICIAL = dict(fast=False, temperature=0.0)
 ENDS = {"default": {}, "official": OFFICIAL, "official, EOS late": OFFICIAL | dict(eos="late"),
         "official, blocks of 12": OFFICIAL | dict(block_length=12)}
 
-
+# %% ../nbs/20a_writing.ipynb #untuned
 @cache
 def _untuned(kind: str, seed: int) -> Backbone:
     "A model of stories that is to be fine-tuned."
     return story_model(kind, seed, by_budget(6, 600, 4000), max_position_embeddings=256)
 
-
+# %% ../nbs/20a_writing.ipynb #tuned
 def _tuned(tuning: str, seed: int) -> Backbone:
     "A model fine-tuned in one way."
     words, how, n = tokenizer_of_stories(), CHAPTER_14 | TUNINGS[tuning], by_budget(20, 8000)
@@ -229,7 +229,7 @@ def _canvases(model: Backbone, n: int, seed: int) -> list[dict]:
                       "stories": mean(map(float, good)), "story_tokens": mean(map(float, sizes))})
     return found
 
-
+# %% ../nbs/20a_writing.ipynb #questions
 def _questions(tuning: str, seed: int) -> list[dict]:
     "Fine-tune a model and ask what it knows, and how it writes."
     words, model, n = tokenizer_of_stories(), _tuned(tuning, seed), by_budget(4, 200)
@@ -258,7 +258,7 @@ class CutRows:
         most = 2 + int(size * (batch["ids"].shape[1] - 1)) if chance < self.share else None
         return {name: value[:, :most] for name, value in batch.items()}
 
-
+# %% ../nbs/20a_writing.ipynb #lengths
 def _lengths(cut: float, seed: int) -> list[dict]:
     "Train with so many batches cut; price stories, and beginnings of stories."
     words, n = tokenizer_of_stories(), by_budget(6, 800, 4000)
@@ -282,7 +282,7 @@ def endings(story: toy.Story) -> tuple[str, list[str]]:
     return start, [f" In the end {hero}{rest.replace(story['home'], home)}"
                    for hero in heroes for home in (story["home"], wrong_home)]
 
-
+# %% ../nbs/20a_writing.ipynb #guidance
 def _guidance(seed: int) -> list[dict]:
     "Train a model; continue stories under guidance, and choose endings."
     model, words = story_model("joint", seed, by_budget(6, 1000, 4000)).eval(), tokenizer_of_stories()
@@ -316,7 +316,7 @@ SPEEDS = {"ar": WriteConfig(gen_length=ROW - 1, temperature=0.5)}
 SPEEDS |= {f"diffusion, doubt {doubt}": replace(SPEEDS["ar"], doubt=doubt) for doubt in (0.02, 0.1, 0.5)}
 SPEEDS["diffusion, official"] = replace(SPEEDS["ar"], fast=False, block_length=12, remasking="entropy")
 
-
+# %% ../nbs/20a_writing.ipynb #speed
 def _speed(seed: int) -> list[dict]:
     "Train the twins, let them write in turns, and judge all that was timed."
     words, steps, found = tokenizer_of_stories(), by_budget(6, 1000, 4000), []
