@@ -131,3 +131,8 @@ def test_chapter_00_is_short_and_exports_nothing():
     cells = [cell for cell in CELLS[NBS / "00_masks.ipynb"] if cell.cell_type == "code" and "COLAB" not in cell.source]
     lines = [line for cell in cells for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
     assert len(lines) < 60 and not any("#| export" in cell.source or "default_exp" in cell.source for cell in cells)
+
+
+def test_every_page_has_a_name_of_its_own():
+    names = [re.sub(r"^\d+[a-z]?_", "", path.stem) for path in PAGES]  # nbdev leaves the number out
+    assert len(set(names)) == len(names), sorted(names)
