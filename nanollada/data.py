@@ -90,7 +90,7 @@ def _divide(documents: Iterable[str], share: float) -> Iterator[tuple[str, str]]
         yield text, "duplicates" if rank in seen else PARTS[rank < share]
         seen.add(rank)
 
-
+# %% ../nbs/03_data.ipynb #write_parts
 def _write_parts(documents: Iterable[tuple[str, str]], out: Path) -> dict:
     "Write train.jsonl and valid.jsonl, both or none of them; what was counted."
     counts = {part: Counter(documents=0, characters=0, bytes=0) for part in (*PARTS, "duplicates")}

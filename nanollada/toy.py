@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUCY', 'Story', 'Part', 'Fillings', 'RULES', 'ENGLISH', 'CHINESE', 'Language', 'word_list', 'nats', 'template_parts',
-           'ToyLanguage', 'toy_language', 'pasts', 'draw_story', 'word_prices', 'render', 'read_story', 'sample',
+           'ToyLanguage', 'toy_language', 'draw_story', 'word_prices', 'render', 'pasts', 'read_story', 'sample',
            'surprises', 'log_prob', 'is_valid', 'entropy_table', 'entropy', 'vocabulary', 'questions']
 
 # %% ../nbs/02_toy.ipynb #imports
@@ -145,16 +145,6 @@ def toy_language(name: str) -> ToyLanguage:
         raise UserError(f"language is {name!r}; expected 'en', 'zh', or None for both")
     return ToyLanguage(name, **(CHINESE if name == "zh" else ENGLISH), rules=RULES, gap=" " * (name == "en"))
 
-# %% ../nbs/02_toy.ipynb #pasts
-def pasts(lang: ToyLanguage, slots: Iterable[str], table: Fillings = (({}, 1.0),)) -> Fillings:
-    "Every filling of some slots, and of all slots they depend on, with its probability, by enumeration."
-    for slot in slots:
-        if slot not in table[0][0]:
-            table = pasts(lang, lang.rules[slot][0], table)
-            table = tuple((story | {slot: word}, p * weight / sum(options.values())) for story, p in table
-                          for options in [lang.options(slot, story)] for word, weight in options.items())
-    return table
-
 # %% ../nbs/02_toy.ipynb #draw_story
 def draw_story(lang: ToyLanguage, rng: random.Random) -> Story:
     "Draw the choices of one story, left to right."
@@ -182,6 +172,16 @@ def word_prices(lang: ToyLanguage, story: Story, price: float = 0.0) -> Iterator
 def render(story: Story, lang: ToyLanguage) -> str:
     "Write a story out."
     return "".join(word for word, _ in word_prices(lang, story)).strip()
+
+# %% ../nbs/02_toy.ipynb #pasts
+def pasts(lang: ToyLanguage, slots: Iterable[str], table: Fillings = (({}, 1.0),)) -> Fillings:
+    "Every filling of some slots, and of all slots they depend on, with its probability, by enumeration."
+    for slot in slots:
+        if slot not in table[0][0]:
+            table = pasts(lang, lang.rules[slot][0], table)
+            table = tuple((story | {slot: word}, p * weight / sum(options.values())) for story, p in table
+                          for options in [lang.options(slot, story)] for word, weight in options.items())
+    return table
 
 # %% ../nbs/02_toy.ipynb #read_way
 def _read_way(lang: ToyLanguage, parts: list[Part], rest: str, story: Story) -> Iterator[tuple[str, Story]]:
