@@ -45,7 +45,7 @@ save_run(model, tokenizer, folder, {name: weight.bfloat16() for name, weight in 
 write_json(folder / "about.json", {
     "command": f"python .ci/lucy.py {name}", "made": provenance(), "kind": kind, "updates": done.steps, "seconds": done.seconds,
     "stories": len(rows), "parameters": sum(p.numel() for p in model.parameters()), "entropy": toy.entropy("en"),
-    "above_the_language": score_stories(model, 500, DEV)})
+    "above_the_language": score_stories(model, 500, DEV, canvas=studies.ROW)})
 print(open(folder / "about.json").read())
 
 if kind == "joint":  # the film of the index and the README: a story written anywhere on the canvas, as many words a pass as are hardly in doubt
