@@ -31,12 +31,12 @@ def infill(
         denoiser = GuidedDenoiser(denoiser, drop, settings.pop("cfg_scale", 0.0))
     return finish(write(denoiser, canvas, **settings))
 
-# %% ../nbs/11_guidance.ipynb #answer_lengths
+# %% ../nbs/11_guidance.ipynb #answer_lengths-more
 def answer_lengths(ids: Tensor, eos_id: int, prompt_length: int = 0) -> Tensor:
     "How many tokens (B,) each answer has behind the prompt and before its first EOS; all if there is none."
     return ((ids[:, prompt_length:] == eos_id).cumsum(1) == 0).sum(1)
 
-
+# %% ../nbs/11_guidance.ipynb #trim_answers
 def trim_answers(ids: Tensor, eos_id: int, prompt_length: int = 0) -> list[list[int]]:
     "The answers as lists of ids, without prompt, EOS and what follows."
     lengths = answer_lengths(ids, eos_id, prompt_length).tolist()

@@ -35,7 +35,7 @@ def _ids(name: str, value: Ids, mask_id: int, least: int) -> Tensor:
         raise UserError(f"{name} contains {ids[i]} at position {i}; mask ({mask_id}) and labels are no text")
     return ids.long()
 
-
+# %% ../nbs/12_likelihood.ipynb #pack
 def _pack(prompts: Sequence[Ids], answers: Sequence[Ids], mask_id: int) -> dict[str, Tensor]:
     "Pairs as rows (N, W), padded on the right: ids, the answer as `maskable`, and what is `real`."
     if len(prompts) != len(answers) or not len(answers):
@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
     mean: float  # nats
     standard_error: float  # nats; 0 if exact, inf if a single replicate cannot tell
 
-
+# %% ../nbs/12_likelihood.ipynb #Likelihoods
 @dataclass(eq=False)
 class Likelihoods:
     "Estimates of log p(answer | prompt) for N pairs: `mean` and `standard_error` in nats, float64 (N,)."
@@ -80,7 +80,7 @@ def _score(denoiser: AnyDenoiser, prompts: Sequence[Ids], answers: Sequence[Ids]
         _pack(prompts, answers, denoiser.mask_id), denoiser.mask_id, *settings)
     return Likelihoods(-nats, exact)
 
-
+# %% ../nbs/12_likelihood.ipynb #log_likelihood_batch
 def log_likelihood_batch(
     denoiser: AnyDenoiser,  # a denoiser, or a function ids (B, L) -> logits (B, L, V)
     prompts: Sequence[Ids], answers: Sequence[Ids],  # N rows of ids each; a prompt may be empty
@@ -91,7 +91,7 @@ def log_likelihood_batch(
     "Estimate log p(answer | prompt) of many pairs by LLaDA Eq. 6. Raises `UserError` on bad input."
     return _score(denoiser, prompts, answers, mask_id, cfg_scale, n_samples, batch_size, generator)
 
-
+# %% ../nbs/12_likelihood.ipynb #log_likelihood
 def log_likelihood(denoiser: AnyDenoiser, prompt: Ids, answer: Ids, mask_id: int | None = None,
                    **settings: object) -> Estimate:
     "Log p(answer | prompt) in nats and its error: `log_likelihood_batch`, with its settings, of one pair."

@@ -44,7 +44,7 @@ RANDOM_RULES = ("random", "random_bernoulli", "ancestral")
 RULES = CONFIDENCE_RULES + RANDOM_RULES
 NOTHING = "a pass wrote nothing: NaN or infinite logits, all tokens suppressed, or commit chose nothing"
 
-
+# %% ../nbs/10_sampler.ipynb #confidence
 def confidence(logits: Tensor, tokens: Tensor, rule: str = "low_confidence") -> Tensor:
     "How sure (N,): p(token), the lead of the best token, or minus the entropy in nats; in float32 or better."
     probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
@@ -149,7 +149,7 @@ def opened(denoiser: Denoiser, ids: Tensor, real: Tensor | None) -> Denoiser:
     "The denoiser with a cache of this canvas, if it can have one (chapter 13)."
     return denoiser.open(ids, real) if hasattr(denoiser, "open") else denoiser
 
-
+# %% ../nbs/10_sampler.ipynb #Writing
 class Writing:
     "A batch in the making. The host knows what was to do, and plans; the device knows what is."
     def __init__(self, denoiser, canvas: Tensor, maskable: Tensor, policy: Policy, real=None, generator=None):
@@ -189,7 +189,7 @@ def forbid(w: Writing, logits: Tensor) -> Tensor:
     banned = torch.tensor([i for i in ids if 0 <= i < logits.shape[-1]], dtype=torch.long)
     return logits.index_fill(-1, w.here(banned), -math.inf) if len(banned) else logits
 
-
+# %% ../nbs/10_sampler.ipynb #draw
 def draw(w: Writing, logits: Tensor) -> Tensor:
     "A token (N,) for each place."
     policy, heat = w.policy, 1.0 if w.policy.remasking == "ancestral" else w.policy.temperature
@@ -198,7 +198,7 @@ def draw(w: Writing, logits: Tensor) -> Tensor:
         logits, heat = filter_logits(logits.to(u), heat, policy.top_k, policy.top_p), 1.0
     return choose_tokens(logits, heat, u)
 
-
+# %% ../nbs/10_sampler.ipynb #score
 def score(w: Writing, logits: Tensor, tokens: Tensor) -> Tensor:
     "How much the policy wants each proposal (N,); NaN where the logits are."
     rule, alone, late = w.policy.remasking, w.hi - w.lo == 1, w.policy.suppress_confidence
@@ -254,7 +254,7 @@ def passes(w: Writing, blocks: list[tuple[int, int, Tensor]], steps: int) -> Ite
     if unfinished(w.todo).any():
         raise UserError(NOTHING)
 
-
+# %% ../nbs/10_sampler.ipynb #advance
 def advance(w: Writing, block: int, quota: Tensor | None, fresh: bool) -> Step:
     "One forward pass over the places that `look` has turned to. Raises `UserError` if it writes nothing."
     if w.focus:
@@ -352,19 +352,19 @@ def prompt_canvas(prompt: Tensor, mask_id: int, gen_length: int, attention_mask:
     real = real if real is None else torch.nn.functional.pad(real.long(), (0, gen_length), value=1)
     return dict(canvas=canvas, maskable=maskable, attention_mask=real)
 
-
+# %% ../nbs/10_sampler.ipynb #left_pad
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     "Ids and attention mask (B, P) of prompts, padded on the left: all end where the answers begin."
     ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
     real = [torch.ones_like(prompt) for prompt in ids]
     return pad_sequence(ids, True, pad_id, "left"), pad_sequence(real, True, 0, "left")
 
-
+# %% ../nbs/10_sampler.ipynb #finish
 def finish(steps: Iterator[Step]) -> Tensor:
     "Run to the end: the ids (B, L) after the last pass. No other step is kept."
     return deque(map(lambda step: step.ids, steps), maxlen=1).pop()
 
-
+# %% ../nbs/10_sampler.ipynb #generate
 def generate(denoiser: Denoiser | Callable[..., Tensor], prompt: Tensor, mask_id: int | None = None,
              gen_length: int = 128, *, attention_mask: Tensor | None = None, **settings: object) -> Tensor:
     "A left-padded prompt (B, P), continued with settings of `write`, as LLaDA's Algorithms 4 and 5."
