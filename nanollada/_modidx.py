@@ -2,7 +2,7 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/',
-                'doc_host': 'https://nanollada.github.io',
+                'doc_host': '',
                 'git_url': 'https://github.com/nanollada/nanollada',
                 'lib_path': 'nanollada'},
   'syms': { 'nanollada.ar': { 'nanollada.ar.Autoregressive': ('ar.html#autoregressive', 'nanollada/ar.py'),
