@@ -8,6 +8,8 @@
 
 import argparse
 import ast
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, SCRIPTS = ROOT / "nbs", ROOT / "scripts"
@@ -89,19 +92,28 @@ def execute(path: Path, budget: str, output: Path) -> float:
     return time.perf_counter() - start
 
 
-def drop_stderr(path: Path) -> None:
-    "Remove warnings and progress bars from the stored outputs."
+def smaller(png: str) -> str:
+    "A picture (PNG in base64) with a palette of 128 colours, if that makes it smaller."
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return min(base64.b64encode(small.getvalue()).decode(), png, key=len)
+
+
+def tidy(path: Path) -> None:
+    "Remove warnings and progress bars from the stored outputs, and make pictures small."
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for data in (output.data for output in cell.outputs if "image/png" in output.get("data", {})):
+                data["image/png"] = smaller(data["image/png"])
     nbformat.write(notebook, path)
 
 
 def run(names: list[str], budget: str) -> None:
     for path in chosen(NOTEBOOKS, ".ipynb", names):
         print(f"{path.name}: {execute(path, budget, path):.0f} s", flush=True)
-        drop_stderr(path)
+        tidy(path)
         subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", str(path)], check=True)
 
 

