@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANY_SEED', 'check_fields', 'TrainConfig', 'lr_at', 'parameter_groups', 'make_optimizers', 'epoch_order',
            'rows_of_step', 'draw_update', 'split_batch', 'Learner', 'valid_batches', 'measure', 'mean_and_error',
-           'keep_record', 'write_models', 'log', 'Training', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend',
+           'keep_record', 'Training', 'log', 'write_models', 'restore', 'warm_up', 'TrainResult', 'why_stop', 'attend',
            'train']
 
 # %% ../nbs/08_trainer.ipynb #imports
@@ -110,7 +110,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         groups["plain" if p.ndim < 2 or p in tables else kind] += [p] if p.requires_grad else []
     return groups
 
-
+# %% ../nbs/08_trainer.ipynb #make_optimizers
 def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     "AdamW, or AdamW and Muon. Raises `UserError` for a model without trainable parameters."
     groups = parameter_groups(model)
@@ -138,7 +138,7 @@ def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
     epochs = range(first // n, (last - 1) // n + 1)
     return torch.cat([epoch_order(n, seed, e)[max(0, first - e * n):last - e * n] for e in epochs])
 
-
+# %% ../nbs/08_trainer.ipynb #draw_update
 def draw_update(objective: Objective, rows: object, cfg: TrainConfig, step: int, now: float = 0.0) -> Batch:
     "The batch of an update, noise and all: a function of seed and number (a stage may go by the clock)."
     draws = make_generator(cfg.seed, "noise", step)
@@ -204,7 +204,7 @@ def valid_batches(rows: object, objective: Objective, most: int = 256) -> Iterat
             return  # there is no noise: once is enough
         yield objective.noise(rows.batch(numbers, generator) | {"row": numbers}, generator)
 
-
+# %% ../nbs/08_trainer.ipynb #measure
 @torch.no_grad()
 def measure(run: Learner, rows: object) -> Tensor:
     "Nats and counts (2, n) of validation rows, over all draws of noise and all processes."
@@ -217,7 +217,7 @@ def measure(run: Learner, rows: object) -> Tensor:
     run.model.train()
     return combine(run.state, table).cpu().double()
 
-
+# %% ../nbs/08_trainer.ipynb #mean_and_error
 def mean_and_error(table: Tensor) -> tuple[float, float]:
     "Nats per count from nats and counts (2, n) of rows, and its standard error: infinite for a single row."
     (nats, count), n = table, table.shape[1]
@@ -238,36 +238,6 @@ def keep_record(run: Any, record: dict) -> None:
         append_jsonl(run.out / "metrics.jsonl", run.history[-1])
     run.shown[f"{record['split']} loss"] = f"{record['loss']:.4f}"
     run.bar.set_postfix(run.shown, refresh=False)
-
-
-def write_models(run: Any, weights: dict, chosen: bool) -> None:
-    "Write the model, if chosen; and those of the `keep` lowest validation losses in kept/STEP (chapter 16)."
-    whole = [weights] if is_sharded() else []
-    if chosen:
-        run.write_model(run.model, run.out, *whole)
-    losses = {record["step"]: record["loss"] for record in run.history if record["split"] == "valid"}
-    best = sorted(losses, key=losses.get)[: run.cfg.keep]
-    for folder in (run.out / "kept").glob("*"):
-        if int(folder.name) not in best:
-            shutil.rmtree(folder)
-    if run.step in best:
-        run.write_model(run.model, run.out / "kept" / str(run.step), *whole)
-
-
-def log(run: Any) -> None:
-    "One record of the logging window. This waits for the device."
-    window, seconds = run.window, max(time.perf_counter() - run.window["since"], 1e-9)
-    if not window["count"]:
-        return
-    (nats, *bands), n = combine(run.state, window["sums"]).tolist(), len(window["sums"]) // 2
-    record = {"step": run.step, "split": "train", "loss": nats / window["count"], "lr": run.rate,
-              "grad_norm": float(window["norm"]) / window["updates"],
-              "tokens_per_second": window["tokens"] / seconds}
-    record |= {f"ce_{100 * i // n}_{100 * (i + 1) // n}": bands[i] / max(1.0, bands[n + i]) for i in range(n)}
-    if peak := peak_flops(machine_record(run.device)["machine"], run.precision):
-        record["mfu"] = window["flops"] / seconds / peak
-    run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
-    keep_record(run, record)
 
 # %% ../nbs/08_trainer.ipynb #Training
 class Training(Learner):
@@ -313,6 +283,36 @@ class Training(Learner):
         "Write train_config.json: how it trains, and of which update the saved weights are."
         facts = dict(processes=self.world, sharded=is_sharded(), torch=torch.__version__, saved=self.saved)
         write_json(self.out / "train_config.json", asdict(self.cfg) | facts | self.info)
+
+# %% ../nbs/08_trainer.ipynb #log
+def log(run: Any) -> None:
+    "One record of the logging window. This waits for the device."
+    window, seconds = run.window, max(time.perf_counter() - run.window["since"], 1e-9)
+    if not window["count"]:
+        return
+    (nats, *bands), n = combine(run.state, window["sums"]).tolist(), len(window["sums"]) // 2
+    record = {"step": run.step, "split": "train", "loss": nats / window["count"], "lr": run.rate,
+              "grad_norm": float(window["norm"]) / window["updates"],
+              "tokens_per_second": window["tokens"] / seconds}
+    record |= {f"ce_{100 * i // n}_{100 * (i + 1) // n}": bands[i] / max(1.0, bands[n + i]) for i in range(n)}
+    if peak := peak_flops(machine_record(run.device)["machine"], run.precision):
+        record["mfu"] = window["flops"] / seconds / peak
+    run.shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
+    keep_record(run, record)
+
+# %% ../nbs/08_trainer.ipynb #write_models
+def write_models(run: Any, weights: dict, chosen: bool) -> None:
+    "Write the model, if chosen; and those of the `keep` lowest validation losses in kept/STEP (chapter 16)."
+    whole = [weights] if is_sharded() else []
+    if chosen:
+        run.write_model(run.model, run.out, *whole)
+    losses = {record["step"]: record["loss"] for record in run.history if record["split"] == "valid"}
+    best = sorted(losses, key=losses.get)[: run.cfg.keep]
+    for folder in (run.out / "kept").glob("*"):
+        if int(folder.name) not in best:
+            shutil.rmtree(folder)
+    if run.step in best:
+        run.write_model(run.model, run.out / "kept" / str(run.step), *whole)
 
 # %% ../nbs/08_trainer.ipynb #restore
 def restore(run: Training, checkpoint: Path | None) -> None:
@@ -364,7 +364,7 @@ def why_stop(run: Training) -> str | None:
     over = run.seconds >= (run.cfg.time_budget or math.inf)
     return "steps" if run.step >= run.cfg.steps else "time" if over else None
 
-
+# %% ../nbs/08_trainer.ipynb #attend
 def attend(run: Training, received: list[int]) -> None:
     "Look at the clock and for signals; log, validate and save when due; leave if a signal asked for it."
     notes = torch.tensor([time.perf_counter() - run.started, received[0] if received else 0], dtype=float)
