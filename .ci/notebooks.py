@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,13 +53,15 @@ def readable_id(source: str) -> str | None:
 def set_ids(path: Path) -> None:
     "Give exporting cells the name of what they define, so that the package's breadcrumbs read well and stay calm."
     notebook = nbformat.read(path, as_version=4)
+    names = [readable_id(cell.source) if cell.cell_type == "code" else None for cell in notebook.cells]
     seen: set[str] = set()
-    for cell in notebook.cells:
-        name = readable_id(cell.source) if cell.cell_type == "code" else None
+    for name, cell in zip(names, notebook.cells):
         if name:
             while name in seen:
                 name += "-more"
             cell.id = name
+        elif cell.id.removesuffix("-more") in names:  # what was cut off from an exporting cell
+            cell.id = uuid.uuid4().hex[:8]
         seen.add(cell.id)
     nbformat.write(notebook, path)
 

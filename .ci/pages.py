@@ -87,7 +87,7 @@ class link_chapters(Processor):
                 lines = cell.source.split("\n")
                 cell.source = "\n".join(line if line.startswith(("#", "$")) else with_links(line, files) for line in lines)
                 cell.source = cell.source.replace("```mermaid", "```{mermaid}")
-                cell.source = re.sub(r"\[`(\w+)`\]\([^)]*#[^)]*\)", lambda m: f"`{m[1]}`" if m[1] in PLAIN else m[0], cell.source)
+                cell.source = re.sub(r"\[`(\w+)`\]\([^)]*#[^)]*\)", lambda m: f"`{m[1]}`" if m[1] in PLAIN or m[1][0] == "_" else m[0], cell.source)
                 cell.source = re.sub(r"(\.html#\w+)\.\w+\)", r"\1)", cell.source)  # methods stand under their class
 
 

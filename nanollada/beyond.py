@@ -98,7 +98,7 @@ def surprise(model: Backbone, ids: torch.Tensor, start: int, eos_id: int) -> flo
     logits = causal_half(model)(ids[:, : end - 1], causal=True)[0, start - 1 :]
     return token_nll(logits, ids[0, start:end]).mean().item()
 
-# %% ../nbs/20b_beyond.ipynb #DRAFTS-more
+# %% ../nbs/20b_beyond.ipynb #DRAFTS
 DRAFTS: dict[str, dict] = {"left": dict(way="left")} | {
     f"{draft} masks, {tree} groups": dict(draft=draft, tree=tree)
     for draft, tree in product((4, 6, 8, 12), (1, 2, 3))}

@@ -344,7 +344,7 @@ def branches(guess: Tensor, q: Tensor, tree: int) -> Tensor:
     ends = holds - pad(holds[1:], (0, 1))  # holds so far, and here no more
     return ends.topk(min(tree, len(ends))).indices
 
-# %% ../nbs/16_blocks.ipynb #BlockWriteConfig-more
+# %% ../nbs/16_blocks.ipynb #BlockWriteConfig
 @dataclass
 class BlockWriteConfig(WriteConfig):
     "How to write, with models of any kind. Raises `UserError` for what cannot be."

@@ -141,7 +141,7 @@ def edit_pass(w: Writing, block: int, inside: Tensor, fresh: bool) -> tuple[Step
     step = Step(w.ids, w.nfe, block, before, w.todo, places, tokens, sure)
     return step, torch.cat([w.todo, ended, changed], 1)
 
-# %% ../nbs/17_editing.ipynb #edit_passes-more
+# %% ../nbs/17_editing.ipynb #edit_passes
 @torch.no_grad()
 def edit_passes(w: Writing, blocks: list[tuple[int, int, Tensor]]) -> Iterator[Step]:
     "The passes of an `EditPolicy`. Raises `UserError` when a pass that should fill a mask fills none."

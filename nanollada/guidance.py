@@ -31,7 +31,7 @@ def infill(
         denoiser = GuidedDenoiser(denoiser, drop, settings.pop("cfg_scale", 0.0))
     return finish(write(denoiser, canvas, **settings))
 
-# %% ../nbs/11_guidance.ipynb #answer_lengths-more
+# %% ../nbs/11_guidance.ipynb #answer_lengths
 def answer_lengths(ids: Tensor, eos_id: int, prompt_length: int = 0) -> Tensor:
     "How many tokens (B,) each answer has behind the prompt and before its first EOS; all if there is none."
     return ((ids[:, prompt_length:] == eos_id).cumsum(1) == 0).sum(1)

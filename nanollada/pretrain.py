@@ -67,11 +67,11 @@ def cross(ar: Backbone, shift: bool = True, mask_row: str = "random", seed: int 
         table[mask_id] = direction / direction.norm() * others.norm(dim=1).median()
     return model
 
-# %% ../nbs/09_pretrain.ipynb #RECIPE-more
+# %% ../nbs/09_pretrain.ipynb #RECIPE
 RECIPE = TrainConfig(batch_size=48, learning_rate=1.25e-3, optimizer="muon", adamw_ratio=3.0,
                      decay_fraction=0.5, min_lr_ratio=0.02)
 
-# %% ../nbs/09_pretrain.ipynb #PretrainConfig-more
+# %% ../nbs/09_pretrain.ipynb #PretrainConfig
 @dataclass(kw_only=True)
 class PretrainConfig(DataConfig):
     "A pretraining: what to learn from, which model, where to put it. Raises `UserError` for what cannot be."
@@ -107,7 +107,7 @@ def open_rows(cfg: PretrainConfig) -> tuple[Windows, Windows, Tokenizer]:
     shares = zip(streams, (cfg.random_length, 0.0))
     return *(Windows(s, cfg.length, cfg.pack, share, cfg.document_mask) for s, share in shares), tokenizer
 
-# %% ../nbs/09_pretrain.ipynb #start_model-more
+# %% ../nbs/09_pretrain.ipynb #start_model
 def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
     "The model before its first update. `UserError` if the run to start from has other tokens or objective."
     context, kind = cfg.context or 4 * cfg.length, "ar" if cfg.objective == "ar" else "diffusion"

@@ -340,7 +340,7 @@ class GuidedDenoiser(Denoiser):
             other.focus = lambda lo, hi, rows, fresh: inner.focus(lo, hi, rows + [n + i for i in rows], fresh)
         return other
 
-# %% ../nbs/10_sampler.ipynb #prompt_canvas-more
+# %% ../nbs/10_sampler.ipynb #prompt_canvas
 def prompt_canvas(prompt: Tensor, mask_id: int, gen_length: int, attention_mask: object = None) -> dict:
     "The canvas [prompt | MASK x gen_length] for `write`. Raises `UserError` for right padding."
     if gen_length < 1:

@@ -62,7 +62,7 @@ class StudyConfig:
         self.budget = self.budget or by_budget("smoke", "cpu", "gpu")
         check_fields(self, jobs=(1, 1024))
 
-# %% ../nbs/20_studies.ipynb #begin-more
+# %% ../nbs/20_studies.ipynb #begin
 def _begin(budget: str, threads: int) -> None:
     "Prepare a process for jobs."
     os.environ["NANOLLADA_BUDGET"] = budget
@@ -193,7 +193,7 @@ def story_model(kind: str, seed: int, steps: int, rows: Rows | None = None, **sh
     train(model, objective, rows or story_rows(max(by_budget(500, 20_000), steps * cfg.batch_size)), cfg)
     return model
 
-# %% ../nbs/20_studies.ipynb #chain_nats-more
+# %% ../nbs/20_studies.ipynb #chain_nats
 @torch.no_grad()
 def chain_nats(denoiser: Denoiser, ids: Tensor, surest: bool = False) -> Tensor:
     "Nats (B,) of rows (B, L) revealed token by token after the first: left to right, or the surest next."
