@@ -137,3 +137,17 @@ def test_chapter_00_is_short_and_exports_nothing():
 def test_every_page_has_a_name_of_its_own():
     names = [re.sub(r"^\d+[a-z]?_", "", path.stem) for path in PAGES]  # nbdev leaves the number out
     assert len(set(names)) == len(names), sorted(names)
+
+
+def test_the_first_code_cell_installs_what_colab_needs(monkeypatch):
+    first = {path: next(cell.source for cell in CELLS[path] if cell.cell_type == "code") for path in CELLS}
+    assert len(set(first.values())) == 1, [path.name for path, source in first.items() if "COLAB" not in source]
+    source, done = next(iter(first.values())), []
+    monkeypatch.setattr("os.system", done.append)
+    monkeypatch.setattr("os.chdir", done.append)
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    exec(source, {})
+    assert not done
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    exec(source, {})
+    assert "pip install" in done[0] and done[1].endswith("/nbs")
