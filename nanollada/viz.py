@@ -96,11 +96,9 @@ def show_canvas(pieces: list[str | None]) -> str:
 # %% ../nbs/96_viz.ipynb #draw_film
 def draw_film(axis: Axes, film: list[list[str | None]], labels: list[str]) -> None:
     "Draw canvases as rows, grey where a mask stands, blue where one stood in the row above."
-    rows = list(zip([film[0], *film], film))
-    colours = ["#c8c8c8" if piece is None else COLOURS[4] if old is None else "white"
-               for before, now in rows for old, piece in zip(before, now)]
-    texts = [(piece or "").strip()[:10] for row in film for piece in row]
-    _draw_grid(axis, texts, colours, len(film[0]))
+    now, before = ([piece for row in rows for piece in row] for rows in (film, [film[0], *film[:-1]]))
+    draw_frame(axis, now, len(film[0]), before)
+    axis.set_axis_on()
     axis.set_yticks([row + 0.5 for row in range(len(film))], labels)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
