@@ -116,7 +116,7 @@ class BlockNoise(Blocks):
         return torch.where(whole < self.full, n, (share * (1 - 2**-22) * n).ceil())
 
     def weight(self, count: Tensor, n: Tensor) -> Tensor:
-        "What a hidden token counts (16.2), for rows of blocks (B, K), with their complements behind them."
+        "What a hidden token counts, 1 / (k q(k)), for rows of blocks (B, K), complements behind them."
         if not self.weighted:
             return torch.ones_like(n)
         odds = self.chance(count, n) + self.complementary * self.chance(n - count, n)
