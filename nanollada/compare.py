@@ -6,7 +6,7 @@
 __all__ = ['time_answer', 'context_ids', 'is_chat', 'Pair', 'open_pair', 'settings_for', 'compare_answers', 'compare_runs',
            'comparison_table', 'comparison_markdown', 'draw_comparison', 'write_comparison', 'read_prompts',
            'distinct_n', 'repetition_rate', 'unigram_entropy', 'ratio_of', 'share_of', 'grammatical_share',
-           'judged_nll', 'score_text', 'score_questions', 'score_samples']
+           'judged_nll', 'score_text', 'score_samples', 'score_questions']
 
 # %% ../nbs/15_compare.ipynb #imports
 import math
@@ -87,7 +87,7 @@ def settings_for(cfg: WriteConfig, info: dict) -> WriteConfig:
     alien = cfg.alien if info["objective"] == "ar" else ()
     return with_canvas(replace(cfg, **{name: getattr(type(cfg), name) for name in alien}), info)
 
-
+# %% ../nbs/15_compare.ipynb #compare_answers
 def compare_answers(pair: Pair, prompts: list[str], cfg: WriteConfig, repeats: int = 3) -> list[dict]:
     "Let both models answer each prompt by the clock, and report the middle round by total time."
     if not prompts or repeats < 1:
@@ -159,7 +159,7 @@ def draw_comparison(answers: list[dict]) -> Figure:
         progress.legend(fontsize=7)
     return figure
 
-
+# %% ../nbs/15_compare.ipynb #write_comparison
 def write_comparison(report: dict, folder: str | Path) -> list[Path]:
     "Write compare.md, compare.json and compare.png for a report, each whole or not at all."
     paths = [Path(folder) / f"compare.{ending}" for ending in ("md", "json", "png")]
@@ -209,7 +209,7 @@ def share_of(flags: list[bool]) -> tuple[float, float]:
     "How often something is true, and the standard error."
     return ratio_of(torch.tensor(flags).double(), torch.ones(len(flags)))
 
-
+# %% ../nbs/15_compare.ipynb #grammatical_share
 def grammatical_share(texts: list[str], language: Language = None) -> tuple[float, float]:
     "How many texts are stories of the toy language (None: of either) to the letter, and the standard error."
     return share_of([is_valid(text, language) for text in texts])
@@ -247,14 +247,7 @@ def _finite(found: dict) -> dict:
     "The same with None for what JSON cannot hold."
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in found.items()}
 
-# %% ../nbs/15_compare.ipynb #score_questions
-def score_questions(model: Backbone, tokenizer: Tokenizer, talks: list, cfg: WriteConfig) -> dict:
-    "How many `Conversation`s are answered to the letter: exact match with standard error, number, settings."
-    share, error = share_of(exact_match(model, tokenizer, talks, cfg=cfg)[0])
-    found = {"exact_match": share, "standard_error": error, "questions": len(talks), "settings": asdict(cfg)}
-    return _finite(found)
-
-
+# %% ../nbs/15_compare.ipynb #score_samples
 def score_samples(model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfig,
                   judge: Backbone | None = None, judge_tokenizer: Tokenizer | None = None,
                   language: Language | bool = False) -> dict:
@@ -272,3 +265,10 @@ def score_samples(model: Backbone, tokenizer: Tokenizer, n: int, cfg: WriteConfi
         nll = judged_nll(judge, judge_tokenizer or tokenizer, texts)
         found |= zip(("judged_nats_per_token", "judged_standard_error"), nll)
     return _finite(found) | {"settings": asdict(cfg)}
+
+# %% ../nbs/15_compare.ipynb #score_questions
+def score_questions(model: Backbone, tokenizer: Tokenizer, talks: list, cfg: WriteConfig) -> dict:
+    "How many `Conversation`s are answered to the letter: exact match with standard error, number, settings."
+    share, error = share_of(exact_match(model, tokenizer, talks, cfg=cfg)[0])
+    found = {"exact_match": share, "standard_error": error, "questions": len(talks), "settings": asdict(cfg)}
+    return _finite(found)
