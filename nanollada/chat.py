@@ -18,7 +18,7 @@ from .fast import WriteConfig, write_steps
 from .sft import ChatFormat, check_turns, fit_context
 from .tokenizer import Tokenizer
 
-# %% ../nbs/14a_chat.ipynb #MASK_BOX-more
+# %% ../nbs/14a_chat.ipynb #MASK_BOX
 MASK_BOX = "▒"  # stands for a token not yet written
 
 
