@@ -1,6 +1,6 @@
 """Train the weights that chapters 13 and 15 read, nbs/weights/13_fast.safetensors: `python .ci/weights.py`, one core, minutes.
 
-The language, the tokenizer and the shape are those at the head of chapter 13; beside the weights a .json says how they were made.
+The language, the tokenizer and the shape are those in the section on longer texts of chapter 13; beside the weights a .json says how they were made.
 """
 
 import sys

@@ -123,7 +123,7 @@ def block_limits(ids: Tensor, mask_id: int, size: int, start: int, causal: bool)
     masks = masks.scatter_add(1, number.expand_as(ids), (ids == mask_id).float())
     return torch.where(masks.gather(1, number.expand_as(ids)) > 0, end, at + 1)
 
-
+# %% ../nbs/13_fast.ipynb #BlockDenoiser
 class BlockDenoiser(Keeping):
     "A model trained on blocks (chapter 16); its cache is exact. Blocks are counted from column `start`."
     kind = "block"
@@ -151,14 +151,14 @@ def by_factor(score: Tensor, policy: Policy) -> Tensor:
     fits[:, 0] = True
     return torch.zeros_like(fits).scatter(1, order, fits)
 
-
+# %% ../nbs/13_fast.ipynb #by_entropy
 def by_entropy(score: Tensor, policy: Policy) -> Tensor:
     "With remasking entropy: the surest whose entropies but the largest sum to at most `limit` (EB-Sampler)."
     entropy, order = (-score).sort(dim=1, stable=True)
     fits = entropy.cumsum(1) - entropy <= policy.limit  # the first always; inf - inf is nan, not smaller
     return torch.zeros_like(fits).scatter(1, order, fits)
 
-
+# %% ../nbs/13_fast.ipynb #FAST
 FAST = Policy(block_length=12, remasking="entropy", commit=by_entropy, limit=0.1)
 DIFFUSION_SETTINGS = ("fast", "steps", "block_length", "remasking", "cfg_scale", "eos", "doubt")
 
@@ -214,7 +214,7 @@ def writer(model: Backbone, fast: bool = True) -> Denoiser:
         return CausalDenoiser(model) if model.cfg.objective == "ar" else BlockDenoiser(model)
     return CachedDenoiser(model) if fast else model.denoise
 
-
+# %% ../nbs/13_fast.ipynb #begin
 def begin(cfg: WriteConfig, model: Backbone, prompt: Tensor, real: Tensor | None, eos_id: int,
           generator: torch.Generator | None) -> Iterator[Step]:
     "Write after prompts (B, P). Raises `UserError` for settings that this model cannot follow."
@@ -243,7 +243,7 @@ def write_steps(model: Backbone, contexts: list[list[int]], tokenizer: Tokenizer
     start = getattr(cfg, "begin", partial(begin, cfg))  # chapter 16 has ways of its own
     return start(model, prompt.to(device), real, tokenizer.eos_token_id, generator)
 
-
+# %% ../nbs/13_fast.ipynb #write_ids
 def write_ids(
     model: Backbone,  # of either objective
     contexts: list[list[int]],  # ids of each context, up to where the text begins

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'QUESTION_FIELDS', 'ANSWER_FIELDS', 'Encoded', 'Conversation', 'turns_of', 'is_text', 'check_turns',
            'read_conversations', 'toy_conversations', 'poem_conversations', 'ChatFormat', 'fit_context', 'encode_pairs',
-           'SftRows', 'SftConfig', 'hold_out', 'open_conversations', 'with_canvas', 'sft', 'answer', 'exact_match']
+           'SftRows', 'SftConfig', 'open_conversations', 'hold_out', 'with_canvas', 'sft', 'answer', 'exact_match']
 
 # %% ../nbs/14_sft.ipynb #imports
 import random
@@ -23,6 +23,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# %% ../nbs/14_sft.ipynb #imports-more
 import torch
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ QUESTION_FIELDS = ("prompt", "instruction", "question")
 ANSWER_FIELDS = ("response", "output", "answer", "target")
 Encoded = tuple[list[tuple[array, array]], float]  # a conversation as pairs of context and answer; its rank
 
-
+# %% ../nbs/14_sft.ipynb #turns_of
 def turns_of(record: object) -> object:
     "The turns of a record, still to be checked: a list of them, or made of a question and an answer."
     record = record if isinstance(record, dict) else {}
@@ -81,7 +82,7 @@ def check_turns(turns: object, training: bool = True) -> list[dict[str, str]]:
         raise UserError(f"the roles are {', '.join(roles)}; expected user{', then assistant' * training}")
     return turns
 
-
+# %% ../nbs/14_sft.ipynb #read_conversations
 def read_conversations(source: str | Path, skip_bad: bool = False) -> Iterator[Conversation]:
     "The conversations of a .jsonl file. An unusable one is a `UserError` or, to be skipped, has no turns."
     for place, record in filter(lambda found: found[1] != "", read_records(source)):
@@ -261,15 +262,7 @@ class SftConfig:
         if self.out.resolve() == self.init_from.resolve():
             raise UserError(f"out is {self.out}; expected another folder than init_from")
 
-# %% ../nbs/14_sft.ipynb #hold_out
-def hold_out(talks: list[Encoded], fraction: float) -> tuple[list[Encoded], list[Encoded]]:
-    "Conversations to learn from, and those held out: ranks below the fraction, and of few some more."
-    ranks = sorted({rank for _, rank in talks})  # the instructions about a poem have one rank
-    floor = min(64, len(ranks) // 10) if fraction and ranks[:1] >= [0] else 0  # below 0: they come divided
-    limit = max(fraction, ranks[floor]) if floor else fraction
-    return tuple([talk for talk in talks if (talk[1] < limit) == held] for held in (False, True))
-
-
+# %% ../nbs/14_sft.ipynb #open_conversations
 def open_conversations(cfg: SftConfig) -> Iterator[Conversation]:
     "All conversations of a source. Where they come divided, ranks are above 1, and below 0 for validation."
     path, named = Path(cfg.data).expanduser(), not Path(cfg.data).exists()
@@ -282,6 +275,14 @@ def open_conversations(cfg: SftConfig) -> Iterator[Conversation]:
                 for talk in islice(read_conversations(path / f"{name}.jsonl", cfg.skip_bad), cfg.limit))
     path = fetch_minimind("sft_mini_512.jsonl") if cfg.data == "minimind" and named else path
     return islice(read_conversations(path, cfg.skip_bad), cfg.limit)
+
+# %% ../nbs/14_sft.ipynb #hold_out
+def hold_out(talks: list[Encoded], fraction: float) -> tuple[list[Encoded], list[Encoded]]:
+    "Conversations to learn from, and those held out: ranks below the fraction, and of few some more."
+    ranks = sorted({rank for _, rank in talks})  # the instructions about a poem have one rank
+    floor = min(64, len(ranks) // 10) if fraction and ranks[:1] >= [0] else 0  # below 0: they come divided
+    limit = max(fraction, ranks[floor]) if floor else fraction
+    return tuple([talk for talk in talks if (talk[1] < limit) == held] for held in (False, True))
 
 # %% ../nbs/14_sft.ipynb #with_canvas
 def with_canvas(cfg: WriteConfig, info: dict) -> WriteConfig:
@@ -323,7 +324,7 @@ def answer(model: Backbone, tokenizer: Tokenizer, asked: list[str | list],
     found = write_ids(model, contexts, tokenizer, cfg)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
-
+# %% ../nbs/14_sft.ipynb #exact_match
 def exact_match(model: Backbone, tokenizer: Tokenizer, talks: Sequence[Conversation],
                 **settings: object) -> tuple[list[bool], list[str]]:
     "Whether `answer` finds the last answer of each conversation to the letter, and what it says."
