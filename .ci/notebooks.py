@@ -11,6 +11,7 @@ import ast
 import base64
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,13 +55,15 @@ def set_ids(path: Path) -> None:
     "Give exporting cells the name of what they define, so that the package's breadcrumbs read well and stay calm."
     notebook = nbformat.read(path, as_version=4)
     names = [readable_id(cell.source) if cell.cell_type == "code" else None for cell in notebook.cells]
+    exported = "\n".join(cell.source for name, cell in zip(names, notebook.cells) if name)
+    taken = {*names, *re.findall(r"^(?:def|class) (\w+)", exported, re.M)}  # the site's headings have these ids
     seen: set[str] = set()
     for name, cell in zip(names, notebook.cells):
         if name:
             while name in seen:
                 name += "-more"
             cell.id = name
-        elif cell.id.removesuffix("-more") in names:  # what was cut off from an exporting cell
+        elif cell.id.removesuffix("-more") in taken:  # what was cut off from an exporting cell
             cell.id = uuid.uuid4().hex[:8]
         seen.add(cell.id)
     nbformat.write(notebook, path)
