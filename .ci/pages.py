@@ -53,7 +53,7 @@ class show_source(Processor):
             docs = []
             while kinds & {"export", "exports"} and cells and getattr(cells[0], "has_sd", False):
                 docs.insert(0, cells.pop(0))
-            if cell.cell_type == "code" and cell.source and is_plumbing(cell.source):
+            if cell.cell_type == "code" and cell.source and is_plumbing(cell.source) and "code-fold" not in cell.source:
                 cell.source = '#| code-fold: true\n#| code-summary: "Imports"\n' + cell.source
             if kinds & {"export", "exports"}:
                 cell.id = f"source-{cell.id}"
