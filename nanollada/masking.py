@@ -55,7 +55,7 @@ def mask_tokens(
 # %% ../nbs/06_masking.ipynb #sample_t
 def sample_t(batch_size: int, generator: torch.Generator | None = None, stratified: bool = True,
              eps: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
-    "Noise levels (B,), uniform on (eps, 1]; `stratified`: equally spaced, one offset (MDLM), any order."
+    "Noise levels (B,), uniform on (eps, 1]; `stratified`: equally spaced, one shared offset, any order."
     if batch_size < 1 or not 0 <= eps < 1:
         raise UserError(f"batch_size is {batch_size} and eps {eps}; expected at least 1 row and 0 <= eps < 1")
     u = uniform((batch_size,), device, generator)

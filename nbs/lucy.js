@@ -282,7 +282,7 @@
       event.preventDefault();
       const begun = encode(prompt.value.trim()), room = lucy.length - 2 - begun.length;
       if (room > 0) hide(around([...begun, ...Array(room).fill(mask)]), HIDE.none);
-      else status.value = `${1 - room} tokens too long`;
+      else status.value = `too long by ${1 - room}`;
     };
     root.replaceChildren(form);
     hide(lucy, HIDE.start);
