@@ -80,3 +80,9 @@ def test_links_lead_somewhere(text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("text", (README, CHINESE), ids=("English", "Chinese"))
+def test_pages_of_the_site_have_the_names_that_nbdev_gives_them(text):
+    pages = {re.sub(r"^\d+[a-z]?_", "", path.stem) for path in (ROOT / "nbs").glob("*.ipynb")}  # without the number
+    assert {name for name in re.findall(r"nanollada\.github\.io/nanollada/(\w+)\.html", text)} <= pages
