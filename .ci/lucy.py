@@ -18,13 +18,12 @@ from nanollada import toy
 from nanollada.backbone import save_run
 from nanollada.core import make_generator, write_json
 from nanollada.fast import by_entropy
-from nanollada.pretrain import RECIPE, document_rows
+from nanollada.pretrain import RECIPE, document_rows, score_documents
 from nanollada.sampler import Policy, write
-from nanollada.studies import DEV, Rows, new_model, provenance, score_stories
+from nanollada.studies import DEV, Rows, chain_nats, new_model, provenance
 from nanollada.tokenizer import train_tokenizer
 from nanollada.trainer import train
 from nanollada.viz import draw_film, pieces_of, save_gif
-import nanollada.studies as studies
 
 SHAPE = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
 KINDS = {"lucy": ("joint", 5000), "lucy_ar": ("ar", 2500)}
@@ -39,13 +38,19 @@ rows = Rows(document_rows(tokenizer, toy.sample(steps * cfg.batch_size, 0, "en")
 done = train(model, objective, rows, cfg)
 model = model.bfloat16().float().eval()  # what is stored is what is scored
 
-studies.tokenizer_of_stories, studies.ROW = lambda: tokenizer, rows.ids.shape[1]
+texts = toy.sample(500, DEV, "en")
+ids = document_rows(tokenizer, texts)[0]
+floor = -torch.tensor([toy.log_prob(text, "en") for text in texts], dtype=torch.float64)
+excess = score_documents(model, tokenizer, texts)[0] - floor  # of the bound, or exact for AR
+above = {"excess": excess.mean().item(), "stories_error": excess.std().item() / len(texts) ** 0.5}
+if kind == "joint":
+    above |= {f"excess_{name}": (chain_nats(model.denoise, ids, name == "surest") - floor).mean().item() for name in ("left", "surest")}
 folder = Path(__file__).parent.parent / "nbs" / "weights" / name
 save_run(model, tokenizer, folder, {name: weight.bfloat16() for name, weight in model.state_dict().items()})
 write_json(folder / "about.json", {
     "command": f"python .ci/lucy.py {name}", "made": provenance(), "kind": kind, "updates": done.steps, "seconds": done.seconds,
     "stories": len(rows), "parameters": sum(p.numel() for p in model.parameters()), "entropy": toy.entropy("en"),
-    "above_the_language": score_stories(model, 500, DEV, canvas=studies.ROW)})
+    "above_the_language": above})
 print(open(folder / "about.json").read())
 
 if kind == "joint":  # the film of the index and the README: a story written anywhere on the canvas, as many words a pass as are hardly in doubt
