@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Visibility', 'attend', 'BackboneConfig', 'rope_frequencies', 'rotate', 'KVCache', 'Attention',
            'FeedForward', 'Block', 'Trunk', 'Backbone', 'Denoiser', 'BackboneDenoiser', 'as_denoiser', 'preset',
-           'to_huggingface', 'from_huggingface', 'save_run', 'load_run']
+           'to_huggingface', 'from_huggingface', 'save_run', 'assemble', 'load_run']
 
 # %% ../nbs/04_backbone.ipynb #imports
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, Literal, get_args
+from typing import Callable, Iterable, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,7 @@ class BackboneConfig:
     block_length: int | None = None  # block only: tokens written together (chapter 16)
     causal_clean: bool = False  # block only: written text sees only what came before, as in an ar model
     edits: bool = False  # diffusion only: what it is shown may be wrong, and it says so (chapter 17)
+    head_width: int | None = None  # width of a head, head_dim; None = hidden_size / query heads
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
@@ -103,13 +104,13 @@ class BackboneConfig:
                 raise UserError(f"{entry.name} is {value!r:.40}; expected {expected}")
             if type(value) in (int, float) and not low < value < high:
                 raise UserError(f"{entry.name} is {value!r:.40}; expected {low} < {entry.name} < {high}")
-        if self.hidden_size % (2 * heads) or heads % groups:
-            raise UserError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key/value heads: "
-                            "expected heads of even width that share keys evenly")
+        self.head_dim = int(width := self.head_width or self.hidden_size / heads)  # of one attention head
+        if width % 2 or heads % groups or heads * width >= 10**9:
+            raise UserError(f"hidden_size {self.hidden_size}, {heads} heads of {width:g}, {groups} key/value "
+                            "heads: expected heads of even width that share keys evenly")
         if (self.objective == "block") != (self.block_length is not None):
             raise UserError(f"block_length is {self.block_length}, the objective {self.objective}: "
                             "expected a length for a block model, and for no other")
-        self.head_dim = self.hidden_size // heads  # width of one attention head
 
 # %% ../nbs/04_backbone.ipynb #rope_frequencies
 def rope_frequencies(cfg: BackboneConfig) -> Tensor:
@@ -146,10 +147,11 @@ class Attention(nn.Module):
     "Multi-head attention with rotary positions; grouped key/value heads and QK-norm by the config."
     def __init__(self, cfg: BackboneConfig):
         super().__init__()
-        self.head_dim, narrow = cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.head_dim = cfg.head_dim
+        wide, narrow = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        self.q_proj = nn.Linear(cfg.hidden_size, wide, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(cfg.hidden_size, narrow, bias=False) for _ in range(2))
-        self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.o_proj = nn.Linear(wide, cfg.hidden_size, bias=False)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(cfg.head_dim, eps=cfg.rms_norm_eps) for _ in range(2))
 
@@ -276,7 +278,8 @@ class _FunctionDenoiser(Denoiser):
         self.function, self.mask_id = function, mask_id
 
     def __call__(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        logits = self.function(ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+        answer = self.function(ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+        logits = getattr(answer, "logits", answer)  # as models of `transformers` answer
         shape = tuple(getattr(logits, "shape", (type(logits).__name__,)))
         if shape[:-1] != ids.shape:
             raise UserError(f"the denoiser answers ids {tuple(ids.shape)} with {shape}, not logits (B, L, V)")
@@ -333,6 +336,21 @@ def save_run(model: Backbone, tokenizer: Tokenizer, folder: str | Path, weights:
     write_json(folder / "generation_config.json", ends)
     save_tokenizer(tokenizer, folder)
 
+# %% ../nbs/04_backbone.ipynb #assemble
+def assemble(cfg: BackboneConfig, device: torch.device, read: Callable[[dict], Iterable[dict]]) -> Backbone:
+    "A network around weights that exist once: `read` is told names and shapes, and gives them part by part."
+    with torch.device("meta"):  # shapes without memory
+        model = Backbone(cfg)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones once
+    for part in read(shapes):
+        model.load_state_dict(part, strict=False, assign=True)
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.frequencies = rope_frequencies(cfg).to(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return model.eval()
+
 # %% ../nbs/04_backbone.ipynb #load_run
 def load_run(
     folder: str | Path,  # of a run, as `save_run` or a training leaves it
@@ -348,16 +366,8 @@ def load_run(
     if not same or size > cfg.vocab_size:
         raise UserError(f"{folder}: model and tokenizer ({size} entries, mask id {mask_id}) do not belong "
                         "together: take the tokenizer.json of the training")
-    if len(tensor_shapes(path)) <= cfg.num_hidden_layers:  # before a billion layers are built, say
-        raise UserError(f"{path}: has fewer layers than config.json says: they are of different models")
-    with torch.device("meta"):  # shapes without memory
-        model = Backbone(cfg)
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones once
-    model.load_state_dict(read_tensors(path, shapes, device, dtype), strict=False, assign=True)
-    if cfg.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.frequencies = rope_frequencies(cfg).to(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if min(len(tensor_shapes(path)), 1000) <= cfg.num_hidden_layers:  # before a billion layers are built, say
+        raise UserError(f"{path}: has fewer layers than config.json says, or more than 1000: take another")
+    model = assemble(cfg, device, lambda shapes: [read_tensors(path, shapes, device, dtype)])
     training = read_json(record, dict) if record.is_file() else None
-    return model.eval(), tokenizer, {"config": asdict(cfg), "objective": cfg.objective, "training": training}
+    return model, tokenizer, {"config": asdict(cfg), "objective": cfg.objective, "training": training}

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['write_tensors', 'tensor_shapes', 'read_tensors', 'lock_folder', 'latest_state', 'save_state', 'load_state',
-           'cut_metrics']
+           'cut_metrics', 'model_facts', 'training_facts', 'run_facts']
 
 # %% ../nbs/98_checkpoint.ipynb #imports
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,3 +129,57 @@ def cut_metrics(path: Path, step: int) -> list[dict]:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
+
+# %% ../nbs/98_checkpoint.ipynb #model_facts
+def model_facts(folder: Path) -> dict:
+    "What the model in a folder is, by config.json and the headers of its weights; {} if there is none yet."
+    if not (folder / "config.json").is_file():
+        return {}
+    about = read_json(folder / "config.json", dict)
+    shapes = [shape for file in folder.glob("*.safetensors") for shape in tensor_shapes(file).values()]
+    shape = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads",
+             "feed_forward": "intermediate_size", "context": "max_position_embeddings"}
+    return {"objective": about.get("objective") or about.get("model_type"),
+            "parameters": sum(map(math.prod, shapes)) or None,
+            "shape": {name: about.get(key) for name, key in shape.items()},
+            "vocabulary": about.get("vocab_size"),
+            "special_ids": {name[:-9]: about[name] for name in about if name.endswith("_token_id")}}
+
+
+def training_facts(folder: Path, objective: str | None) -> dict:
+    "What the record in a folder tells of the training of a model (None: not yet); {} if there was none."
+    files = folder / "train_config.json", folder / "metrics.jsonl"
+    about, records = (read(file) if file.is_file() else {}
+                      for read, file in zip((read_json, read_jsonl), files))
+    made = about.get("sft") or about.get("pretrain") or {}
+    kind, unit = made.get("objective", objective), "answer token" if "sft" in about else "token"
+    means = {"ar": "exact NLL", "diffusion": "NELBO, a bound", "joint": "NELBO, a bound"}
+    best = min((r for r in records if r["split"] == "valid"), key=lambda r: r["loss"], default=None)
+    last = {name: value for record in records for name, value in record.items()}
+    state = latest_state(folder / "state")
+    facts = {
+        "trained_as": kind, "trained_on": made.get("data"), "begun_from": made.get("init_from"),
+        "fine_tuned": {"canvas": made.get("gen_length")} if "sft" in about else None,
+        "imported": about.get("imported"),
+        "updates": "steps" in about and {"done": last.get("step", 0), "of": about["steps"],
+                                         "weights_of": about.get("saved")},
+        "seconds": last.get("seconds"), "tokens": last.get("tokens"),
+        "tokens_per_second": median([r["tokens_per_second"] for r in records if "lr" in r] or [None]),
+        "best": best and {means.get(kind, "loss of the objective"): best["loss"], "unit": f"nats per {unit}",
+                          "standard_error": best.get("standard_error"), "update": best["step"]},
+        "resumes_from": str(state.relative_to(folder)) if state else "" if objective else "the beginning",
+        "versions": {name: about[name] for name in ("nanollada", "torch") if name in about}}
+    return about and {name: fact for name, fact in facts.items() if fact not in (None, "", {}, False)}
+
+# %% ../nbs/98_checkpoint.ipynb #run_facts
+def run_facts(folder: str | Path) -> dict:
+    "What a run is, without loading its weights. `UserError` for a folder that is none, or a broken one."
+    folder = Path(folder)
+    model = model_facts(folder)
+    try:
+        facts = model | training_facts(folder, model.get("objective"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: train_config.json or metrics.jsonl is damaged ({error!r})") from None
+    if not facts:
+        raise UserError(f"{folder}: is no run; expected a folder with config.json or train_config.json")
+    return facts | {"bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())}

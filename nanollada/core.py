@@ -32,7 +32,7 @@ def make_generator(seed: int, *key: int | str, device: torch.device | str = "cpu
     if torch.device(device).type == "meta":
         return None
     words = np.random.SeedSequence([seed, *(zlib.crc32(str(part).encode()) for part in key)])
-    return torch.Generator(device).manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator(device).manual_seed(int(words.generate_state(1, np.uint64)[0]) >> 1)
 
 # %% ../nbs/95_core.ipynb #pick_device
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -47,7 +47,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 # %% ../nbs/95_core.ipynb #pick_precision
 def pick_precision(device: torch.device, name: str = "auto") -> str:
     "Mixed precision in accelerate's words: `name`; for auto, bf16 where hardware has it, else no (float32)."
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in 2.9
     fast = any(features.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
     fast = fast or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return name if name != "auto" else "bf16" if fast else "no"
@@ -122,4 +122,5 @@ def read_json(path: str | Path, kind: type = object) -> object:
 # %% ../nbs/95_core.ipynb #printable
 def printable(text: str) -> str:
     "Text that cannot move a cursor, ring a bell or hide its order: its only controls are line breaks."
-    return re.sub("[\0-\t\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
+    unseen = "\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff"
+    return re.sub(f"[\0-\t\v-\x1f\x7f-\x9f{unseen}]", "", text)

@@ -79,6 +79,7 @@ class PretrainConfig(DataConfig):
     objective: Literal["ar", "diffusion", "joint"] = "joint"  # what to learn; joint: ar first, diffusion then
     ar_share: float = 0.25  # joint only: share of the run that it learns as an ar model
     preset: Literal[tuple(PRESETS)] = "mini"  # shape of the model
+    qk_norm: bool | None = None  # a new model normalises queries and keys; none: as its preset has it
     init_from: Path | None = None  # run folder to begin with; an ar run under objective diffusion is crossed
     shift: bool = True  # crossing only: the vector at i-1 goes on answering for position i
     mask_row: Literal["random", "mean", "keep"] = "random"  # crossing only: first embedding of the mask
@@ -115,6 +116,7 @@ def start_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
         torch.manual_seed(cfg.train.seed)
         shape = dict(mask_token_id=tokenizer.mask_token_id, max_position_embeddings=context,
                      shift=cfg.objective == "joint")
+        shape |= {} if cfg.qk_norm is None else {"qk_norm": cfg.qk_norm}
         return Backbone(preset(cfg.preset, len(tokenizer), objective=kind, **shape))
     model, own, info = load_run(cfg.init_from, device="cpu")
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
@@ -138,7 +140,8 @@ def pretrain(cfg: PretrainConfig, learn: Callable[[Backbone], Objective] | None 
     record = {name: plain.get(type(value), lambda v: v)(value) for name, value in vars(cfg).items()
               if name not in ("train", "out", "cache", "named")}  # `train` writes its own settings
     text = f"{len(tokens)} tokens, {hashlib.blake2b(tokens[:2**20].tobytes(), digest_size=8).hexdigest()}"
-    free = {"init_from", "mask_row", "context", "preset"} | {each.name for each in fields(DataConfig)}
+    free = {"init_from", "mask_row", "context", "preset", "qk_norm"}
+    free |= {each.name for each in fields(DataConfig)}
     fixed = {"text": text, "tokenizer": tokenizer_fingerprint(tokenizer)}
     fixed |= {name: value for name, value in record.items() if name not in free}
     joint = Joint(model.cfg.mask_token_id, model.cfg.shift, ar_share=cfg.ar_share)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_processes', 'leave_group', 'combine', 'to_device', 'is_sharded', 'spread', 'apply_gradients', 'shapes_of',
-           'full_state', 'put_state', 'peak_flops', 'update_flops', 'open_folder', 'stop_signals', 'scene']
+           'full_state', 'put_state', 'peak_flops', 'update_flops', 'open_folder', 'start_tracker', 'open_tracker',
+           'stop_signals', 'scene']
 
 # %% ../nbs/98a_processes.ipynb #imports
 import atexit
@@ -12,19 +13,21 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import latest_state
-from .core import UserError, pick_device
+from .core import UserError, pick_device, read_json
 
 # %% ../nbs/98a_processes.ipynb #open_processes
 def open_processes(device: str | None = None) -> Any:
@@ -153,10 +156,51 @@ def open_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
     if (found or model.exists()) and not overwrite:
         raise UserError(f"{out}: already holds a run, at {(found or model).name}; resume it, overwrite it, "
                         "or choose another folder")
-    for name in ("model.safetensors", "config.json", "metrics.jsonl", "loss.png"):
+    for name in ("model.safetensors", "config.json", "metrics.jsonl", "loss.png", ".tracker"):
         (out / name).unlink(missing_ok=True)
-    for name in ("state", "kept"):
+    for name in ("state", "kept", "tensorboard", "wandb"):
         shutil.rmtree(out / name, ignore_errors=True)
+
+# %% ../nbs/98a_processes.ipynb #start_tracker
+def start_tracker(name: str, out: Path, step: int) -> Any:
+    "A tracker of accelerate, told the settings of the run in `out`, which goes on from `step`. `UserError`."
+    from accelerate import tracking
+    if name not in map(str, tracking.get_available_trackers()):
+        raise UserError(f"not installed: pip install {name}")
+    mark = out / ".tracker"  # the run's name there, for good
+    if not mark.is_file():
+        mark.write_text(f"{out.resolve().name}-{uuid4().hex[:8]}", "utf-8")
+    known = {"name": mark.read_text("utf-8"), "resume": "allow"}
+    ways = {"tensorboard": {"logging_dir": out, "purge_step": step + 1},  # hide what is to be done again
+            "trackio": known | {"embed": False},
+            "wandb": known | {"id": known["name"][-8:], "dir": out, "settings": {"console": "off"}}}
+    place = name if name == "tensorboard" else "nanollada"  # a folder in `out`, or a project
+    tracker = tracking.LOGGER_TYPE_TO_CLASS[name](place, **ways[name])
+    tracker.start()
+    about = read_json(out / "train_config.json", dict)
+    about |= about.get("pretrain") or about.get("sft") or {}
+    tracker.store_init_configuration({key: value if isinstance(value, bool | int | float | str | None)
+                                      else str(value) for key, value in about.items()})
+    return tracker
+
+
+@contextmanager
+def open_tracker(name: str, out: Path | None, step: int = 0) -> Iterator[Callable[[dict], None]]:
+    "A function that shows a record in a tracker (none: nowhere) until the block ends, in whatever way."
+    if name == "none" or out is None:
+        yield lambda record: None
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            tracker = start_tracker(name, out, step)
+    except Exception as error:  # of any kind: no key, no network
+        raise UserError(f"the tracker {name} does not start: {' '.join(str(error).split()):.300}") from error
+    try:
+        yield lambda record: tracker.log({f"{record['split']}/{key}": value for key, value in record.items()
+                                          if key not in ("split", "step")}, step=record["step"])
+    finally:
+        with redirect_stdout(sys.stderr):  # trackio would do it once more at Python's end, aloud
+            (sys.modules[name] if name == "trackio" else tracker).finish()
 
 # %% ../nbs/98a_processes.ipynb #stop_signals
 @contextmanager

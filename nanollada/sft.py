@@ -8,17 +8,16 @@ __all__ = ['ROLES', 'QUESTION_FIELDS', 'ANSWER_FIELDS', 'Encoded', 'Conversation
            'SftRows', 'SftConfig', 'open_conversations', 'hold_out', 'with_canvas', 'sft', 'answer', 'exact_match']
 
 # %% ../nbs/14_sft.ipynb #imports
+import os
 import random
 import re
 import resource
-import sys
-import time
+import signal
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -124,28 +123,41 @@ def poem_conversations(poems: Iterable[dict]) -> Iterator[Conversation]:
             turns = [{"role": role, "content": text} for role, text in zip(ROLES[1:], pair)]
             yield Conversation(turns, f"poem {poem['title']!r}", held_out_rank(poem["text"]))
 
-# %% ../nbs/14_sft.ipynb #bounded
-@contextmanager
-def _bounded(what: str) -> Iterator[None]:
-    "Let others' code work for two seconds and, on Linux, in 256 MB more. Any error becomes a `UserError`."
-    end, tracer, limits = time.thread_time() + 2, sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+# %% ../nbs/14_sft.ipynb #alone
+def _alone(work: Callable[[], str], what: str) -> str:
+    "The text that others' code makes in a process with bounds (a million letters of it). Raises `UserError`."
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            said = _within_bounds(work)
+            with open(send, "w", encoding="utf-8", errors="backslashreplace") as pipe:
+                pipe.write(said)
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive, encoding="utf-8", errors="replace") as pipe:
+        said = pipe.read(10**6) or "it works for more than two seconds"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if said[0] != "=":
+        raise UserError(f"{what} fails: {said:.200}")
+    return said[1:]
 
-    def watch(*_):
-        if time.thread_time() > end:
-            raise TimeoutError("it works for more than two seconds")
-        return watch
-    if Path("/proc/self/statm").exists():
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
-        resource.setrlimit(resource.RLIMIT_AS, (min([most, *(n for n in limits if n >= 0)]), limits[1]))
-    sys.settrace(watch)
+
+def _within_bounds(work: Callable[[], str]) -> str:
+    "= and a text, or why there is none, made in two seconds and, on Linux, 256 MB more."
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)  # should it wait for something
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+    if (pages := Path("/proc/self/statm")).exists():
+        most = int(pages.read_text().split()[0]) * resource.getpagesize() + 2**28
+        limits = [most, *(n for n in resource.getrlimit(resource.RLIMIT_AS) if n >= 0)]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits),) * 2)
     try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} fails: {reason:.200}") from None
-    finally:
-        sys.settrace(tracer)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        return "=" + work()
+    except BaseException as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0].lstrip("=")
 
 # %% ../nbs/14_sft.ipynb #ChatFormat
 class ChatFormat:
@@ -155,13 +167,10 @@ class ChatFormat:
 
     def _words(self, roles: tuple[str, ...]) -> list[list[int]]:
         "What the template itself writes before, between and after the contents of these roles, as ids."
-        from jinja2 import Environment
         turns = [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
-        with _bounded(f"the chat template for {', '.join(roles)}"):
-            if {"*", "**"} & {token[2] for token in Environment().lex(self.tokenizer.chat_template)}:
-                raise ValueError("it multiplies")
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        parts = re.split(r"\ue000(\d+)\ue001", text[: 10**6])  # the template's words at 0, 2, 4, …
+        work = partial(self.tokenizer.apply_chat_template, turns, tokenize=False, add_generation_prompt=True)
+        text = _alone(work, f"the chat template for {', '.join(roles)}")
+        parts = re.split(r"\ue000(\d+)\ue001", text)  # the template's words at 0, 2, 4, …
         if parts[1::2] != [str(number) for number in range(len(roles))]:
             raise UserError(f"the chat template drops or moves a turn of {', '.join(roles)}: use another")
         first, *others = encode_batch(self.tokenizer, parts[::2], allow_special=True)
@@ -286,9 +295,12 @@ def hold_out(talks: list[Encoded], fraction: float) -> tuple[list[Encoded], list
 
 # %% ../nbs/14_sft.ipynb #with_canvas
 def with_canvas(cfg: WriteConfig, info: dict) -> WriteConfig:
-    "Settings with the canvas of the run's fine-tuning, where they name none; `info` is of `load_run`."
+    "Settings with the canvas of the run's fine-tuning, where they name none; `UserError` if it cannot be."
     record = (info["training"] or {}).get("sft")
     wanted = record.get("gen_length") if isinstance(record, dict) else None
+    if cfg.gen_length is None and wanted is not None and not (type(wanted) is int and 0 < wanted <= 2**14):
+        raise UserError(f"the run's record names a canvas of {wanted!r:.40} tokens; expected 1 to {2**14:,}: "
+                        "give --gen-length")
     return replace(cfg, gen_length=cfg.gen_length or wanted)
 
 # %% ../nbs/14_sft.ipynb #sft
@@ -308,7 +320,9 @@ def sft(cfg: SftConfig, learn: Callable[[Backbone], Objective] | None = None) ->
     canvas = -(-sizes[-1 if is_ar else int(0.95 * (len(sizes) - 1))] // cfg.bucket) * cfg.bucket
     facts = {"train": len(rows), "valid": len(valid), **counts}
     content = f"{sum(rank for _, rank in talks):.9f}"  # a sum of hashes: other data, another sum
-    record = {"sft": {"data": cfg.data, "init_from": str(cfg.init_from), "gen_length": canvas},
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(cfg).items()
+             if name not in ("out", "train")}  # `train` writes its own settings
+    record = {"sft": asked | {"gen_length": canvas},
               "fixed": {"length": cfg.length, **filling, "content": content}, "statistics": facts}
     objective = learn(model) if learn else make_objective(model.cfg, per="row", by="count")
     return train(model, objective, rows, cfg.train, valid, cfg.out,

@@ -9,7 +9,9 @@ __all__ = ['Tokenizer', 'SPECIAL_TOKENS', 'CHAT_TEMPLATE', 'train_tokenizer', 'e
 # %% ../nbs/01_tokenizer.ipynb #imports
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise UserError("expected at least one text to train on, and no half surrogate pair in any") from None
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHAT_TEMPLATE, **SPECIAL_TOKENS)
 
+# %% ../nbs/01_tokenizer.ipynb #told
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    "Whatever the library raises, its panics too, as a `UserError`."
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+
 # %% ../nbs/01_tokenizer.ipynb #encode
 def encode(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
     "The ids of one text, without bos or eos; special ids only if `allow_special` (for our own templates)."
@@ -60,10 +73,11 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], allow_special: bool
     raw.no_padding()
     raw.no_truncation()
     raw.encode_special_tokens = not allow_special
-    try:
-        return [found.ids for found in raw.encode_batch_fast(list(texts), add_special_tokens=False)]
-    except (UnicodeEncodeError, TypeError):  # which one depends on the version of the library
-        raise UserError("a text is not a string, or holds half a surrogate pair: repair the source") from None
+    with _told("the tokenizer fails at a text"):
+        try:
+            return [found.ids for found in raw.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError):  # which one depends on the version of the library
+            raise UserError("a text is not a string, or holds half a surrogate pair: repair it") from None
 
 # %% ../nbs/01_tokenizer.ipynb #load_tokenizer
 def load_tokenizer(path_or_id: str | Path, mask_token: str = "<|mask|>") -> Tokenizer:
@@ -72,13 +86,28 @@ def load_tokenizer(path_or_id: str | Path, mask_token: str = "<|mask|>") -> Toke
     folder = Path(path_or_id).expanduser()
     if not folder.exists():
         folder = fetch_from_hub(str(path_or_id), ["*token*.json", "*.jinja"])
-    read_json(folder / "tokenizer.json", dict)
-    try:
+    entries = read_json(folder / "tokenizer.json", dict)
+    with _told(f"{folder}: not a tokenizer"):
+        _check_bounds(entries)
         tokenizer = Fast.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
-    except Exception as error:  # whatever a strange file makes the library raise
-        raise UserError(f"{folder}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
-    _complete(tokenizer, mask_token)
+        _complete(tokenizer, mask_token)
     return tokenizer
+
+# %% ../nbs/01_tokenizer.ipynb #growth
+def _growth(part: object) -> int:
+    "How many letters the replacements of a normalizer or decoder can make of one."
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    replaces = isinstance(part, dict) and part.get("type") == "Replace"
+    return max(1, len(part["content"]) if replaces else 1) * math.prod(map(_growth, inner))
+
+
+def _check_bounds(entries: dict) -> None:
+    "Raise `UserError` for a tokenizer.json that would take all memory."
+    most = max(dict(entries["model"]["vocab"]).values(), default=0)
+    grown = max(map(_growth, (entries.get("normalizer"), entries.get("decoder"))))
+    if most >= 2**24 or grown > 64:
+        raise UserError(f"tokenizer.json: ids up to {most}, replacements make {grown:.3g} letters of one; "
+                        f"expected less than {2**24:,}, and 64 at most: take another tokenizer")
 
 # %% ../nbs/01_tokenizer.ipynb #complete
 def _complete(tokenizer: Tokenizer, mask_token: str) -> None:

@@ -43,7 +43,8 @@ def plot_losses(axis: Axes, runs: dict[str, list], floor: float | None = None, x
     if floor is not None:
         axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the language")
     axis.set(xlabel="update" if x == "step" else x, ylabel="loss (nats per token)")
-    axis.legend(fontsize=8)
+    for text in axis.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)  # a run may be called a$b$
 
 # %% ../nbs/96_viz.ipynb #save_figure
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -60,7 +61,8 @@ def save_loss_plot(folder: str | Path, floor: float | None = None) -> Path:
     "Write `loss.png` into a run folder; the path."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4), dpi=100)
-    plot_losses(figure.subplots(), {Path(folder).name: read_jsonl(Path(folder) / "metrics.jsonl")}, floor)
+    records = read_jsonl(Path(folder) / "metrics.jsonl")
+    plot_losses(figure.subplots(), {printable(Path(folder).name): records}, floor)
     return save_figure(figure, Path(folder) / "loss.png")
 
 # %% ../nbs/96_viz.ipynb #draw_grid

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from hash_oracle import MASK_ID, VOCAB, hash_oracle
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from nanollada.backbone import Backbone, BackboneConfig, as_denoiser
 from nanollada.core import UserError, make_generator
 from nanollada.fast import BlockDenoiser, CachedDenoiser, CausalDenoiser
 from nanollada.guidance import RestrictedDenoiser
+from nanollada.interop import shifted
 from nanollada.sampler import GuidedDenoiser, Policy, finish, generate, write
 
 LENGTH = 9
@@ -29,6 +31,13 @@ def restricted(inner):
     return RestrictedDenoiser(inner, (1, 5), (torch.arange(LENGTH) > 4)[None])
 
 
+def foreign(model, config):
+    "A small random model of transformers."
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3)
+    return model(config(vocab_size=VOCAB, **shape)).double().eval()
+
+
 DENOISERS = {
     "function": lambda: as_denoiser(hash_oracle, MASK_ID),
     "backbone": lambda: network().denoise,
@@ -39,6 +48,8 @@ DENOISERS = {
     "blocks read by blocks": lambda: BlockDenoiser(network("block", block_length=4)),
     "guided": lambda: guided(as_denoiser(hash_oracle, MASK_ID)),
     "guided cached": lambda: guided(CachedDenoiser(network())),
+    "bert": lambda: as_denoiser(foreign(BertForMaskedLM, BertConfig), MASK_ID),
+    "llama, shifted": lambda: shifted(foreign(LlamaForCausalLM, LlamaConfig), MASK_ID),
     "restricted": lambda: restricted(network().denoise),
     "restricted guided": lambda: restricted(guided(as_denoiser(hash_oracle, MASK_ID))),
 }

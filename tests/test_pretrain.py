@@ -15,6 +15,7 @@ from nanollada.backbone import load_run
 from nanollada.core import UserError, make_generator, read_json, read_jsonl
 from nanollada.data import Windows, toy_tokenizer
 from nanollada.elbo import exact_nelbo
+from nanollada.engines import export_llada
 from nanollada.pretrain import (RECIPE, Joint, PretrainConfig, cross, document_rows, make_objective, open_rows, pretrain,
                                 score_documents, start_model)
 from nanollada.tokenizer import save_tokenizer, train_tokenizer
@@ -256,6 +257,14 @@ def test_a_canvas_makes_diffusion_pay_for_the_length(folder):
         score_documents(model, tokenizer, toy.sample(1, 0), canvas=10)
     with pytest.raises(UserError, match="0 masks and 1 documents; expected at least 1"):
         score_documents(model, tokenizer, ["Lucy"], n_samples=0)
+
+
+def test_a_small_model_may_be_without_qk_norm_and_leaves_as_a_llada(folder, tmp_path):
+    assert [start_model(config(folder, qk_norm=asked), toy_tokenizer()).cfg.qk_norm for asked in (None, True, False)] == [True, True, False]
+    pretrain(config(folder, "plain", objective="diffusion", qk_norm=False))
+    assert not any("q_norm" in name for name in load_file(folder / "plain" / "model.safetensors"))
+    export_llada(folder / "plain", tmp_path / "llada")
+    assert read_json(tmp_path / "llada" / "config.json", dict)["model_type"] == "llada"
 
 
 def test_a_wrong_preset_is_refused_before_data_are_prepared(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from copy import deepcopy
@@ -156,8 +157,9 @@ def main(mode, out):
         size = (latest_state(Path(out) / "state") / "optimizer.pt").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    cfg = replace(AGAIN if mode in ("full", "again") and latest_state(Path(out) / "state") else CONFIG, tracker=os.getenv("TRACKER", "none"))
     try:
-        go(cfg=AGAIN if mode == "full" else CONFIG, out=out, rows=Rows(hook=killer(mode)))
+        go(cfg=cfg, out=out, rows=Rows(hook=killer(mode)))
     except UserError as error:
         sys.exit(f"UserError: {error}")
 
@@ -815,6 +817,84 @@ def test_recompute_is_switched_on_for_the_training_only():
     go(plain, replace(CONFIG, steps=4))
     go(again, replace(CONFIG, steps=4, recompute=True))
     assert (plain.seen, again.seen, again.recompute) == (False, True, False) and same(plain, again)
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+def expected_in_a_tracker(out):
+    "What metrics.jsonl holds, as {name: [(step, value)]}."
+    found = {}
+    for record in read_jsonl(out / "metrics.jsonl"):
+        for name, value in record.items():
+            if name not in ("step", "split"):
+                found.setdefault(f"{record['split']}/{name}", []).append((record["step"], value))
+    return found
+
+
+def tensorboard_events(out):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(out / "tensorboard")).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def as_float32(found):
+    return {name: [(step, torch.tensor(value).float().item()) for step, value in points] for name, points in found.items()}
+
+
+def test_tensorboard_shows_metrics_jsonl_to_the_line_even_after_a_kill(tmp_path, capfd):
+    "Saved at 12, logged up to 14: what is done again hides what was shown before."
+    cfg = replace(CONFIG, tracker="tensorboard", log_every=1)
+    with pytest.raises(RuntimeError, match="lights out"):
+        go(cfg=cfg, out=tmp_path / "run", rows=Rows(hook=lambda call: lights_out(call - 2)))
+    before = tensorboard_events(tmp_path / "run")
+    assert before == as_float32(expected_in_a_tracker(tmp_path / "run")) and before["train/loss"][-1][0] == 14
+    assert latest_state(tmp_path / "run" / "state").name == "step-00000012"
+    go(net(1), replace(cfg, resume=True), tmp_path / "run")
+    shown, expected = tensorboard_events(tmp_path / "run"), as_float32(expected_in_a_tracker(tmp_path / "run"))
+    assert shown == expected and {"train/loss", "valid/standard_error"} <= set(shown)
+    assert shown["train/tokens"][-1] == (24, 24 * 8 * 7) and capfd.readouterr().out == ""
+    go(net(2), replace(cfg, overwrite=True, steps=6), tmp_path / "run")
+    assert tensorboard_events(tmp_path / "run") == as_float32(expected_in_a_tracker(tmp_path / "run"))
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_learned(tmp_path, monkeypatch):
+    import accelerate.tracking
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    rows = Rows()
+    with pytest.raises(UserError, match="^the tracker trackio does not start: not installed: pip install trackio$"):
+        go(cfg=replace(CONFIG, tracker="trackio"), out=tmp_path, rows=rows)
+    assert rows.calls == 0 and read_json(tmp_path / "train_config.json")["tracker"] == "trackio"
+    with pytest.raises(UserError, match="tracker is 'aim'; expected none or tensorboard or trackio or wandb"):
+        TrainConfig(tracker="aim")
+    with pytest.raises(UserError, match="need the folder"):
+        go(cfg=replace(CONFIG, tracker="trackio"))
+
+
+def test_trackio_goes_on_with_the_run_after_a_signal(tmp_path):
+    "By a program, for trackio looks for its folder when it is imported; nothing it prints is output."
+    pytest.importorskip("trackio")
+    where = {"TRACKIO_DIR": str(tmp_path / "trackio"), "TRACKER": "trackio"}
+    stopped = program("term", tmp_path / "run", **where)
+    again = program("again", tmp_path / "run", **where)
+    assert (stopped.returncode, again.returncode) == (128 + signal.SIGTERM, 0), stopped.stderr + again.stderr
+    assert stopped.stdout == again.stdout == "" and "Resumed existing run" in again.stderr
+    [base] = (tmp_path / "trackio").glob("*.db")
+    shown = {}
+    with sqlite3.connect(base) as table:
+        for step, metrics in table.execute("select step, metrics from metrics order by id"):
+            for name, value in json.loads(metrics).items():
+                shown.setdefault(name, []).append((step, value))
+        assert table.execute("select count(distinct run_id) from metrics").fetchall() == [(1,)]
+        [(settings,)] = table.execute("select config from configs")
+    assert shown == expected_in_a_tracker(tmp_path / "run") and json.loads(settings)["batch_size"] == 8
+
+
+def test_wandb_keeps_its_files_in_the_run_folder(tmp_path):
+    pytest.importorskip("wandb")
+    done = program("again", tmp_path / "run", WANDB_MODE="offline", WANDB_SILENT="true", TRACKER="wandb")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    known = (tmp_path / "run" / ".tracker").read_text()
+    [made] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert known.startswith("run-") and (made / f"run-{known[-8:]}.wandb").stat().st_size > 1000
 
 
 # --- utilisation ----------------------------------------------------------------------------------
