@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import torch
 from nanollada import data as module
 from nanollada.ar import Autoregressive
 from nanollada.core import UserError
-from nanollada.data import (DataConfig, TokenStream, Windows, build_stream, held_out_rank, open_source, prepare_data,
-                            split_source)
+from nanollada.data import (DataConfig, TokenStream, Windows, build_stream, held_out_rank, interleave, mixture_of,
+                            open_source, prepare_data, split_source)
 from nanollada.tokenizer import encode, train_tokenizer
 from nanollada.toy import sample
 
@@ -137,7 +138,7 @@ def test_interrupted_split_keeps_the_old_one(tmp_path, monkeypatch):
         yield "new"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "open_source", breaks)
+    monkeypatch.setattr(module, "read_documents", breaks)
     with pytest.raises(KeyboardInterrupt):
         split_source(tmp_path / "source.jsonl", tmp_path / "out")
     assert parts(tmp_path) == before
@@ -147,6 +148,198 @@ def test_a_source_does_not_read_itself(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(UserError, match="lies inside .* would read itself"):
         prepare_data(tmp_path, cache=tmp_path / "cache")
+
+
+# Mixtures
+
+
+def write_two(folder: Path, n: int = 300) -> tuple[Path, Path]:
+    "Long documents and short ones; the two files share twenty."
+    shared = [f"both {i}" for i in range(20)]
+    return (write_jsonl(folder / "long.jsonl", shared + [f"long {i} " + "字" * (i % 40) for i in range(n)]),
+            write_jsonl(folder / "short.jsonl", shared + [f"s{i}" for i in range(5 * n)]))
+
+
+@pytest.mark.parametrize("text, shares", [
+    ("a=1+b=3", {"a": 0.25, "b": 0.75}), ("a=.5+b=0.5", {"a": 0.5, "b": 0.5}), ("a=2", {"a": 1.0}), ("a/b=c.txt=1+c=1", {"a/b=c.txt": 0.5, "c": 0.5}),
+    ("tinystories=70+HuggingFaceFW/fineweb-edu:sample-10BT=30", {"tinystories": 0.7, "HuggingFaceFW/fineweb-edu:sample-10BT": 0.3}),
+    ("toy", {"toy": 1.0}), (Path("a+b.txt"), {"a+b.txt": 1.0}),
+])
+def test_mixtures_are_read(text, shares):
+    assert mixture_of(text) == pytest.approx(shares) and list(mixture_of(text)) == list(shares)
+
+
+@pytest.mark.parametrize("text", ["", "=", "=1", "a=", "a=0", "a=0.0+b=1", "a=-1+b=1", "a=nan+b=1", "a=inf+b=1", "a=1+", "+a=1", "a=1++b=1", "a=1+a=2",
+                                  "a=1+b", "a=1e5+b=1", "a=1_0+b=1", "a=١+b=1", "a= 1+b=1", "a=" + "9" * 5000, "a=1+b=\x1b[31m", "a=1.1.1", "=+" * 10**5])
+def test_bad_weights_are_one_line(text):
+    start = time.monotonic()
+    for attempt in (lambda: mixture_of(text), lambda: DataConfig(text), lambda: open_source(text)):
+        with pytest.raises(UserError, match="expected a source, or a mixture NAME=WEIGHT") as caught:
+            attempt()
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and len(str(caught.value)) < 400
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("text", ["toy=1+toyy=1", "no.jsonl=1+toy=1", "a=b.jsonl=1+toy=1", "x" * 300 + "=1+toy=1", "a\0b=1+toy=1", "\0", "y" * 5000, "~nobody/x"])
+def test_an_unknown_part_is_one_line_and_leaves_nothing(tmp_path, text):
+    for attempt in (lambda: list(open_source(text)), lambda: split_source(text, tmp_path / "out"),
+                    lambda: prepare_data(text, cache=tmp_path / "cache")):
+        with pytest.raises(UserError, match="no such file or folder; named sources are toy, poetry|expected a source, or a mixture"):
+            attempt()
+    assert not (tmp_path / "cache").exists() and not list(tmp_path.rglob("*.jsonl*"))
+
+
+def test_a_file_is_a_file_whatever_its_name(tmp_path):
+    for name in ("a=0.5+b=0.5.txt", "toy=1", "c++.txt"):
+        path = tmp_path / name
+        path.mkdir() if name == "toy=1" else path.write_text("mine")
+        write_jsonl(path / "x.jsonl", ["mine"]) if name == "toy=1" else None
+        assert mixture_of(path) == {str(path): 1.0} and list(open_source(path)) == ["mine"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_as_asked_within_the_largest_document(seed):
+    """With v = bytes / share, the source of the least v is served, so all v lie within D = max(document / its share);
+    the mean of v weighted by the shares is all bytes B, hence |bytes - share B| <= share D, at every moment."""
+    rng = np.random.default_rng(seed)
+    many = int(rng.integers(2, 5))
+    shares = dict(zip("abcd", rng.dirichlet(np.ones(many))))
+    sources = {name: [f"{name}{i} " + "é" * int(rng.lognormal(3, 1)) for i in range(400)] for name in shares}
+    given, largest, order = dict.fromkeys(shares, 0), 0.0, []
+    for name, text in interleave(sources, shares):
+        size = len(text.encode())
+        given[name] += size
+        largest = max(largest, size / shares[name])
+        order.append((name, text))
+        assert all(abs(given[n] - shares[n] * sum(given.values())) <= shares[n] * largest + 1e-6 for n in shares)
+    assert order == list(interleave(sources, shares)), "nothing is drawn"
+    for name, texts in sources.items():
+        assert [text for n, text in order if n == name] == texts[: sum(n == name for n, _ in order)], "in their order, none left out"
+    assert max(sum(n == name for n, _ in order) for name in shares) == 400, "until the first source is used up"
+
+
+def test_a_source_is_read_no_further_than_it_is_used():
+    read = Counter()
+
+    def endless(name):
+        for i in itertools.count():
+            read[name] += 1
+            yield f"{name}{i:03}"
+    taken = list(itertools.islice(interleave({"a": endless("a"), "b": endless("b")}, {"a": 0.75, "b": 0.25}), 100))
+    assert Counter(name for name, _ in taken) == read == {"a": 75, "b": 25}
+
+
+def test_split_of_a_mixture(tmp_path):
+    long, short = write_two(tmp_path)
+    counts = split_source(f"{long}=0.7+{short}=0.3", tmp_path / "out", valid_fraction=0.2)
+    assert counts == json.loads((tmp_path / "out" / "statistics.json").read_text())
+    rows = {part: [json.loads(line) for line in (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()] for part in ("train", "valid")}
+    everything = rows["train"] + rows["valid"]
+    assert len({row["text"] for row in everything}) == len(everything), "also none that both sources have"
+    assert sum(row["text"].startswith("both") for row in everything) == 20 == counts["duplicates"]["documents"]
+    for part, unit in itertools.product(("train", "valid", "duplicates"), ("documents", "characters", "bytes")):
+        assert counts[part][unit] == sum(counts["sources"][name][part][unit] for name in (str(long), str(short)))
+    for part, name in itertools.product(rows, (str(long), str(short))):
+        texts = [row["text"] for row in rows[part] if row["source"] == name]
+        assert counts["sources"][name][part] == {"documents": len(texts), "characters": sum(map(len, texts)),
+                                                 "bytes": sum(len(text.encode()) for text in texts)}
+        assert all((held_out_rank(text) < 0.2) == (part == "valid") for text in texts)
+        n = counts["sources"][name]["train"]["documents"] + counts["sources"][name]["valid"]["documents"]
+        assert abs(counts["sources"][name]["valid"]["documents"] - 0.2 * n) < 5 * (n * 0.2 * 0.8) ** 0.5, "held out of each source"
+    read = {name: sum(counts["sources"][name][part]["bytes"] for part in counts["sources"][name]) for name in counts["sources"]}
+    assert abs(read[str(long)] / sum(read.values()) - 0.7) <= 0.7 * 130 / 0.3 / sum(read.values())
+
+
+def test_a_small_mixture_keeps_its_sources_when_it_is_divided_again(tmp_path):
+    long, short = write_two(tmp_path, 40)
+    counts = split_source(f"{long}=0.5+{short}=0.5", tmp_path / "out", valid_fraction=0.001)
+    total = counts["train"]["documents"] + counts["valid"]["documents"]
+    assert counts["valid"]["documents"] == -(-total // 10) and counts["duplicates"]["documents"] > 0
+    for part in ("train", "valid", "duplicates"):
+        assert counts[part]["documents"] == sum(each[part]["documents"] for each in counts["sources"].values())
+    ranks = {part: [held_out_rank(json.loads(line)["text"]) for line in (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()]
+             for part in ("train", "valid")}
+    assert max(ranks["valid"]) < min(ranks["train"])
+
+
+def test_all_kinds_mix_and_each_keeps_its_field(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOLLADA_CACHE", str(tmp_path))
+    (tmp_path / "poetry").mkdir()
+    poems = [{"title": "", "author": "", "paragraphs": [f"詩{n}"]} for n in range(50)]
+    (tmp_path / "poetry" / "poet.tang.0.json").write_text(json.dumps(poems))
+    write_jsonl(tmp_path / "minimind" / "pretrain_hq.jsonl", [f"問 {n}" for n in range(50)])
+    rows = [("some/data:x:train", {"body": f"row {n}"}) for n in range(50)]
+    monkeypatch.setattr("nanollada.sources._rows", lambda source, saved: iter(rows))
+    mine = write_jsonl(tmp_path / "mine.jsonl", [f"mine {n}" for n in range(50)], "body")
+    asked = f"poetry=1+minimind=1+toy=1+{mine}=1+some/data:x=1"
+    found = list(open_source(asked, field="body", dynasty="tang", limit=40))
+    assert len(found) == 40 and found[0] == "詩0"
+    for begin in ("詩", "問", "mine", "row"):
+        assert any(text.startswith(begin) for text in found)
+    assert [text for text in found if text[0] not in "詩問mr"] == sample(40, 0)[: sum(text[0] not in "詩問mr" for text in found)]
+
+
+def test_a_mixture_is_prepared_once_for_its_weights_and_files(tmp_path):
+    long, short = write_two(tmp_path)
+    settings = {"vocab_size": 300, "cache": tmp_path / "cache"}
+    folder = prepare_data(f"{long}=0.7+{short}=0.3", **settings)[0].folder
+    assert prepare_data(f"{long}=7+{short}=3", **settings)[0].folder == folder, "the same shares"
+    assert prepare_data(f"{long}=0.6+{short}=0.4", **settings)[0].folder != folder
+    assert prepare_data(f"{long}=0.7+toy=0.3", **settings)[0].folder != folder
+    write_jsonl(short, [f"other {i}" for i in range(700)])
+    train, valid, tokenizer = prepare_data(f"{long}=0.7+{short}=0.3", **settings)
+    assert train.folder != folder and any(text.startswith("other") for text in texts_of((train, valid), tokenizer))
+    with pytest.raises(UserError, match="lies inside .* would read itself"):
+        split_source(f"{tmp_path}=0.5+toy=0.5", tmp_path / "out")
+
+
+def test_a_mixture_of_one_source_is_that_source(tmp_path):
+    "Before, toy=1 and toy shared a cache folder, and whoever came first chose its tokenizer."
+    assert DataConfig("toy=1") == DataConfig("toy") and DataConfig("toy=1").named == "toy"
+    with pytest.raises(UserError, match="expected 1 to 1,000,000 documents"):
+        DataConfig("toy=1", limit=10**7)
+    for name, texts in (("train", ["a", "b"]), ("valid", ["c"])):
+        write_jsonl(tmp_path / "split" / f"{name}.jsonl", texts)
+    train, valid, tokenizer = prepare_data(f"{tmp_path / 'split'}=2", cache=tmp_path / "cache", vocab_size=300)
+    assert texts_of([train], tokenizer) == {"a", "b"} and texts_of([valid], tokenizer) == {"c"}
+
+
+def test_a_network_that_fails_leaves_nothing_half(tmp_path, monkeypatch):
+    def breaks(*_):
+        yield from TEXTS
+        raise UserError("some/data: reading stopped after 300 rows")
+
+    _, short = write_two(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_documents", breaks)
+        for source in ("some/data", "some/data=0.5+toy=0.5"):
+            with pytest.raises(UserError, match="reading stopped"):
+                prepare_data(source, limit=10_000, cache=tmp_path / "cache")
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".lock"}
+
+
+def test_resume_on_a_mixture_is_exact_even_if_it_is_prepared_again(tmp_path, monkeypatch):
+    from nanollada import trainer
+    from nanollada.pretrain import PretrainConfig, pretrain
+    long, short = write_two(tmp_path)
+
+    def run(name: str, **train) -> bytes:
+        settings = dict(steps=4, batch_size=4, eval_every=2, save_every=2, log_every=1, progress=False, precision="no", device="cpu")
+        pretrain(PretrainConfig(data=f"{long}=0.7+{short}=0.3", out=tmp_path / name, preset="toy", vocab_size=300, length=32,
+                                cache=tmp_path / "cache", objective="diffusion", train=trainer.TrainConfig(**settings | train)))
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    def draw_or_die(objective, rows, cfg, step, now, real=trainer.draw_update):
+        if step == 3:
+            raise KeyboardInterrupt
+        return real(objective, rows, cfg, step, now)
+
+    whole = run("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "draw_update", draw_or_die)
+        run("half")
+    shutil.rmtree(tmp_path / "cache")
+    assert run("half", resume=True) == whole
 
 
 # Streams
@@ -446,6 +639,9 @@ def test_poetry_obeys_its_options(tmp_path, monkeypatch):
     assert len(list(open_source("poetry"))) == 8
     assert list(open_source("poetry", dynasty="tang", min_chars=8, limit=1)) == ["tang 100"]
     assert set(open_source("poetry", max_chars=7)) == {f"{name} {n}" for name in ("tang", "song") for n in (98, 99)}
+    pytest.importorskip("opencc")
+    (tmp_path / "poetry" / "poet.tang.0.json").write_text(json.dumps([{"paragraphs": ["舉頭望山月"]}]))
+    assert next(open_source("poetry", simplified=True)) == "举头望山月" and next(open_source("poetry")) == "舉頭望山月"
 
 
 def test_a_full_disk_is_explained(tokenizer, tmp_path):

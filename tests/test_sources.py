@@ -3,18 +3,23 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from nanollada import sources as module
 from nanollada.core import UserError
-from nanollada.sources import fetch_minimind, fetch_poetry, read_documents, read_poems, read_records, source_files
+from nanollada.sources import (CORPORA, corpora_table, fetch_minimind, fetch_poetry, hub_id, read_documents, read_poems,
+                               read_records, source_files)
 
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +32,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def write_jsonl(path: Path, records: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
 
@@ -74,13 +80,152 @@ def test_saved_dataset(tmp_path):
         list(read_documents(tmp_path / "one", field="body"))
 
 
-def test_hub_dataset(monkeypatch):
+class Shards(BaseHTTPRequestHandler):
+    "Shards of a data set, 50 rows each; a request for shard `broken` or a later one is cut off in the middle."
+    protocol_version, asked, broken = "HTTP/1.1", [], 99
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> bytes:
+        number = int(re.search(r"(\d+)\.jsonl", self.path).group(1))
+        body = "".join(json.dumps({"text": f"shard {number} row {n}"}) + "\n" for n in range(50)).encode()
+        cut = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        part = body[int(cut[1]) : int(cut[2] or len(body)) + 1] if cut else body
+        self.send_response(206 if cut else 200)
+        if cut:
+            self.send_header("Content-Range", f"bytes {cut[1]}-{int(cut[1]) + len(part) - 1}/{len(body)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        return part if number < self.broken else part[: len(part) // 2]
+
+    def do_GET(self) -> None:
+        if "Range" in self.headers:  # without one only the size is looked at
+            self.asked.append(self.path)
+        self.wfile.write(self.do_HEAD())
+        self.close_connection = True  # or a client waits for the rest
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A server of this machine in the place of the hub: `datasets` streams its shards as it streams any others."
     datasets = pytest.importorskip("datasets")
-    asked = []
-    data = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a", "b"]})})
-    monkeypatch.setattr(module, "fetch_from_hub", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: data)
-    assert list(read_documents("some/data")) == ["a", "b"] and asked == [("some/data", ["README.md"], "dataset")]
+    monkeypatch.setattr(Shards, "asked", [])
+    server, load = ThreadingHTTPServer(("127.0.0.1", 0), Shards), datasets.load_dataset
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    urls, calls = [f"http://127.0.0.1:{server.server_port}/{n}.jsonl" for n in range(8)], []
+
+    def load_dataset(name, config=None, **settings):
+        calls.append((name, config, settings))
+        return load("json", data_files={"train": urls, "test": urls[-1:]}, **settings)
+
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("---\nlanguage: en\nlicense: odc-by\n---\n")
+    monkeypatch.setattr(module, "fetch_from_hub", lambda *_: tmp_path / "card")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    yield calls
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_stream_stops_where_the_reader_stops_and_stores_nothing(hub, tmp_path):
+    wanted = list(islice(read_documents("some/data"), 60))
+    assert wanted == [f"shard {n // 50} row {n % 50}" for n in range(60)]
+    assert {Path(path).stem for path in Shards.asked} == {"0", "1"}, "the other six shards were never asked for"
+    assert hub == [("some/data", None, {"split": "train", "streaming": True})]
+    assert sum(path.stat().st_size for path in (tmp_path / "hub").rglob("*") if path.is_file()) == 0
+
+
+@pytest.mark.parametrize("source, asked", [
+    ("tinystories", ("roneneldan/TinyStories", None, "train")),
+    ("fineweb-edu", ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train")),
+    ("opencsg/Fineweb-Edu-Chinese-V2.1:4_5:test", ("opencsg/Fineweb-Edu-Chinese-V2.1", "4_5", "test")),
+    ("some/data::test", ("some/data", None, "test")),
+])
+def test_name_config_and_split_reach_the_hub(hub, source, asked):
+    assert hub_id(source) == asked and source_files(source) == []
+    assert next(read_documents(source)) == ("shard 7 row 0" if asked[2] == "test" else "shard 0 row 0")
+    assert hub == [(asked[0], asked[1], {"split": asked[2], "streaming": True})]
+
+
+@pytest.mark.parametrize("source", ["some/data.jsonl", "../etc", "some/..", "some/data:x/../y", "some/data:..:train", "some/data\n",
+                                    "some/data:a:b:c", "some//data", "/some/data", "some/da ta", "some/dat\x1b[31ma",
+                                    "sôme/data", "some/data:a;b", "toy", "", "x" * 5000, "some/" + "x/" * 3000, "a\0b/c"])
+def test_what_is_not_written_as_a_data_set_is_never_asked_for(monkeypatch, source):
+    monkeypatch.setattr(module, "fetch_from_hub", lambda *_: pytest.fail("asked the hub"))
+    assert hub_id(source) is None
+    if source:
+        with pytest.raises(UserError, match="no such file or folder"):
+            list(read_documents(source))
+
+
+def test_a_stream_that_breaks_is_one_line(hub, monkeypatch):
+    monkeypatch.setattr(Shards, "broken", 2)
+    documents = read_documents("some/data")
+    assert len(list(islice(documents, 100))) == 100
+    with pytest.raises(UserError, match=r"some/data: reading stopped after 100 rows, start again \(.*\)$") as caught:
+        next(documents)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_split_that_is_not_there_is_said(hub):
+    with pytest.raises(UserError, match="some/data::dev: no file, folder or data set with a split 'dev' .*Available") as caught:
+        list(read_documents("some/data::dev"))
+    assert "\n" not in str(caught.value)
+
+
+# Licences
+
+
+def test_licence_and_size_are_said_before_the_first_byte(hub, monkeypatch, caplog):
+    monkeypatch.setattr(module.import_module("datasets"), "load_dataset", lambda *_, **__: (_ for _ in [pytest.fail("too early")])
+                        if not caplog.messages else iter([{"text": "x"}]))
+    for source, words in (("tinystories", r"downloading tinystories: .* about 1 GB in all, streamed as far as it is read, licence CDLA-Sharing-1.0: https://hug"),
+                          ("fineweb-edu", r"about 29 GB in all, streamed as far as it is read, licence ODC-By-1.0"),
+                          ("some/data:x", r"downloading some/data:x: licence odc-by; .* see https://huggingface.co/datasets/some/data$")):
+        caplog.clear()
+        assert list(read_documents(source)) == ["x"] and len(caplog.messages) == 1
+        assert re.search(words, caplog.messages[0]) and caplog.records[0].levelname == "WARNING"
+
+
+@pytest.mark.parametrize("card, licence", [("license: mit\n", "mit"), ("license:\n- cc-by-4.0\n- mit\n", "cc-by-4.0"), ("", "not named"),
+                                           ("license:\nlanguage: en\n", "not named"), ("# license: mit", "not named"),
+                                           ("license: \x1b[31mred", "not named"), ("\udcff license: mit", "not named")])
+def test_the_licence_of_any_data_set_is_that_of_its_card(tmp_path, caplog, card, licence):
+    (tmp_path / "README.md").write_text(card, errors="surrogateescape")
+    module._announce("some/data", tmp_path / "README.md")
+    assert f": licence {licence};" in caplog.messages[0]
+
+
+def test_the_command_shows_the_line_on_stderr(tmp_path):
+    "A warning needs no configuration; here the download then fails, for there is no network."
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "NANOLLADA_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-m", "nanollada", "data", "minimind", "--out", "out"], cwd=tmp_path,
+                           env={**os.environ, **hub}, capture_output=True, text=True)
+    first, second = found.stderr.strip().split("\n")
+    assert first.startswith("nanollada: warning: downloading minimind: ") and "1.6 GB, licence Apache-2.0" in first
+    assert "not here nor on the hub" in second and found.returncode == 1 and not found.stdout
+
+
+def test_the_table_has_every_corpus_with_licence_and_size():
+    lines = corpora_table().split("\n")
+    assert [line.split()[0] for line in lines] == ["name", "toy", "poetry", "minimind", "tinystories", "fineweb-edu"]
+    assert all(one.licence in corpora_table() and f"{one.documents:,}" in corpora_table() for one in CORPORA.values())
+    assert "2,119,719" in lines[4] and "CDLA-Sharing-1.0" in lines[4] and "ODC-By-1.0" in lines[5] and "MIT" in lines[2]
+
+
+@pytest.mark.parametrize("library, extra, use", [
+    ("datasets", "hub", lambda: next(read_documents("some/data"))),
+    ("opencc", "chinese", lambda: next(read_poems(simplified=True))),
+])
+def test_a_missing_extra_is_one_line_with_its_remedy(monkeypatch, library, extra, use):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"{library} is not installed: pip install 'nanollada\[{extra}\]'$"):
+        use()
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
@@ -199,7 +344,7 @@ def test_poems(cache):
 
 
 
-def test_poetry_comes_by_npm_from_one_pinned_version(cache, monkeypatch, tmp_path):
+def test_poetry_comes_by_npm_from_one_pinned_version(cache, monkeypatch, tmp_path, caplog):
     put_poems(tmp_path / "package" / "dist" / "quantangshi")
     commands = []
 
@@ -211,6 +356,7 @@ def test_poetry_comes_by_npm_from_one_pinned_version(cache, monkeypatch, tmp_pat
     monkeypatch.setattr(subprocess, "run", npm)
     assert len(list(fetch_poetry().glob("*.json"))) == 3 == len(list(fetch_poetry().glob("*.json")))
     assert commands == ["npm pack chinese-poetry@2.0.1 --silent"]
+    assert len(caplog.messages) == 1 and re.match("downloading poetry: .* about 85 MB, licence MIT: https", caplog.messages[0])
     assert [path.name for path in cache.iterdir()] == ["poetry"], "no download is left behind"
 
 
@@ -240,12 +386,47 @@ def test_poetry_fetched_by_another_process_meanwhile(cache, monkeypatch):
     assert fetch_poetry() == cache / "poetry"
 
 
-def test_minimind(cache, monkeypatch, tmp_path):
+def test_minimind(cache, monkeypatch, tmp_path, caplog):
     with pytest.raises(UserError, match="minimind_dataset: not here nor on the hub .*HF_ENDPOINT"):
         fetch_minimind()
-    monkeypatch.setattr(module, "fetch_from_hub", lambda repo, files, repo_type: tmp_path)
+    asked = []
+    monkeypatch.setattr(module, "fetch_from_hub", lambda *arguments: asked.append(arguments) or tmp_path)
     write_jsonl(tmp_path / "pretrain_hq.jsonl", [{"text": "hub"}])
-    assert list(read_documents("minimind")) == ["hub"]
+    caplog.clear()
+    assert list(read_documents("minimind")) == ["hub"] and len(caplog.messages) == 1
+    assert asked == [("jingyaogong/minimind_dataset", ["pretrain_hq.jsonl"], "dataset", asked[0][3])]
+    assert re.fullmatch("[0-9a-f]{40}", asked[0][3]), "pinned: the newest version has other files"
     (cache / "minimind").mkdir(parents=True)
     shutil.move(tmp_path / "pretrain_hq.jsonl", cache / "minimind" / "sft_mini_512.jsonl")
-    assert fetch_minimind("sft_mini_512.jsonl") == cache / "minimind" / "sft_mini_512.jsonl"
+    assert fetch_minimind("sft_mini_512.jsonl") == cache / "minimind" / "sft_mini_512.jsonl" and len(caplog.messages) == 1
+
+
+def test_what_the_hub_library_has_is_not_announced(cache, monkeypatch, caplog):
+    revision = []
+    monkeypatch.setattr(module, "fetch_from_hub", lambda *arguments: revision.append(arguments[3]) or Path("folder"))
+    assert fetch_minimind() == Path("folder/pretrain_hq.jsonl") and len(caplog.messages) == 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    kept = cache / "datasets--jingyaogong--minimind_dataset" / "snapshots" / revision[0] / "pretrain_hq.jsonl"
+    write_jsonl(kept, [{"text": "x"}])
+    assert fetch_minimind() == kept and len(caplog.messages) == 1
+
+
+# Simplified characters
+
+
+@pytest.mark.parametrize("traditional, simplified", [
+    ("乾坤", "乾坤"), ("乾燥", "干燥"), ("樹幹", "树干"), ("干戈", "干戈"),  # 乾, 幹 and 干
+    ("白髮", "白发"), ("發光", "发光"),  # 髮 and 發
+    ("皇后", "皇后"), ("以後", "以后"),  # 后 and 後
+    ("宮商角徵羽", "宫商角徵羽"), ("徵兵", "征兵"),  # a note of the scale, and a draft
+    ("瞭望", "瞭望"), ("明瞭", "明了"), ("狼藉", "狼藉"), ("憑藉", "凭借"),
+    ("春風不度玉門關", "春风不度玉门关"), ("舉頭望山月，低頭思故鄉。", "举头望山月，低头思故乡。"),
+])
+def test_simplified_poems_where_one_character_stands_for_several(cache, traditional, simplified):
+    pytest.importorskip("opencc")
+    (cache / "poetry").mkdir(parents=True)
+    poem = {"title": traditional, "author": "劉禹錫", "paragraphs": [traditional, traditional]}
+    (cache / "poetry" / "poet.tang.0.json").write_text(json.dumps([poem]), encoding="utf-8")
+    assert list(read_poems("tang", simplified=True)) == [
+        {"title": simplified, "author": "刘禹锡", "dynasty": "tang", "text": f"{simplified}\n{simplified}"}]
+    assert next(read_poems("tang"))["text"] == f"{traditional}\n{traditional}"
