@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'Data', 'Tokenizer', 'pretrain', 'sft', 'Generate', 'Infill', 'Chat', 'Compare', 'Eval', 'demo', 'Study',
-           'Export', 'bench', 'main']
+           'bench_train', 'bench_sample', 'Info', 'Completion', 'main']
 
 # %% ../nbs/99a_cli.ipynb #imports
+import ast
 import io
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, make_dataclass
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import nanollada
 
@@ -40,7 +42,7 @@ def _refuse(wrong: object, message: str) -> None:
 @dataclass
 class Data:
     "Documents to one training and one validation file, deduplicated, with statistics."
-    source: Positional[str]  # toy, poetry, minimind, a .jsonl or .txt file, a folder of them, a hub data set
+    source: Positional[str]  # a name (see corpora), .jsonl, .txt, a folder, owner/name, or a=0.7+b=0.3
     out: Path  # folder for train.jsonl, valid.jsonl and statistics.json
     field: str = "text"  # field of .jsonl lines that holds the text
     whole_files: bool = False  # a .txt file is one document; otherwise blank lines end a document
@@ -50,13 +52,14 @@ class Data:
     dynasty: Literal["tang", "song"] | None = None  # poetry only
     min_chars: int = 1  # poetry only: leave out shorter poems
     max_chars: int | None = None  # poetry only: leave out longer poems
+    simplified: bool = False  # poetry only: in simplified characters (needs the extra chinese)
     overwrite: bool = False  # replace files that an earlier call left in `out`
 
-    def run(self) -> None:
+    def run(self) -> dict:
         names = ("train.jsonl", "valid.jsonl", "statistics.json")
         made = ", ".join(name for name in names if (self.out / name).exists())
         _refuse(made and not self.overwrite, f"{self.out}: holds {made}; --overwrite replaces them")
-        _say(nanollada.data.split_source(**{k: v for k, v in vars(self).items() if k != "overwrite"}))
+        return nanollada.data.split_source(**{k: v for k, v in vars(self).items() if k != "overwrite"})
 
 # %% ../nbs/99a_cli.ipynb #Tokenizer
 @dataclass
@@ -70,15 +73,15 @@ class Tokenizer:
     skip_bad_lines: bool = False  # count malformed lines instead of stopping at the first
     limit: int | None = None  # learn from at most this many documents
 
-    def run(self) -> None:
+    def run(self) -> Iterator[str]:
         from nanollada.tokenizer import encode, load_tokenizer, save_tokenizer, train_tokenizer
         _refuse(self.data is None and self.show is None, "give --data to learn from, or --show TEXT")
         if self.data is not None:
             save_tokenizer(train_tokenizer(_documents(self, "train"), self.vocab_size), self.out)
         made = load_tokenizer(self.out)
-        _say(f"{len(made)} entries in {self.out}")
+        yield f"{len(made)} entries in {self.out}"
         if self.show is not None:
-            _say(" ".join(f"{made.decode([token])!r}:{token}" for token in encode(made, self.show)))
+            yield " ".join(f"{made.decode([token])!r}:{token}" for token in encode(made, self.show))
 
 
 def _documents(asked: object, part: str) -> list[str]:
@@ -88,33 +91,33 @@ def _documents(asked: object, part: str) -> list[str]:
     return list(nanollada.data.open_source(file if file.is_file() else asked.data, **settings))
 
 # %% ../nbs/99a_cli.ipynb #pretrain
-def pretrain(cfg: Any) -> None:
+def pretrain(cfg: Any) -> Iterator[str]:
     "Train a model of any objective on text, from scratch or from another run."
-    _say_trained(cfg.out, nanollada.blocks.pretrain_any(cfg), "token")
+    return _trained(cfg.out, nanollada.blocks.pretrain_any(cfg), "token")
 
 
-def sft(cfg: Any) -> None:
+def sft(cfg: Any) -> Iterator[dict | str]:
     "Fine-tune a run of any objective on conversations."
     result, statistics = nanollada.sft.sft(cfg, nanollada.editing.objective_of)
-    _say(statistics)
-    _say_trained(cfg.out, result, "answer token")
+    yield statistics
+    yield from _trained(cfg.out, result, "answer token")
 
 
-def _say_trained(out: Path, result: Any, unit: str) -> None:
+def _trained(out: Path, result: Any, unit: str) -> Iterator[str]:
     "How fast a training was, what it reached, and which weights the run folder holds."
     nanollada.viz.save_loss_plot(out)
     speed = f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"
-    _say(f"{out}: {result.steps} updates in {speed}; saved: update {result.saved} of {result.steps}")
+    yield f"{out}: {result.steps} updates in {speed}; saved: update {result.saved} of {result.steps}"
     if best := result.best:
         error = f" ± {best['standard_error']:.4f}" if best["standard_error"] < float("inf") else ""
-        _say(f"best validation loss {best['loss']:.4f}{error} nats per {unit}, at update {best['step']}")
+        yield f"best validation loss {best['loss']:.4f}{error} nats per {unit}, at update {best['step']}"
 
 # %% ../nbs/99a_cli.ipynb #Generate
 @dataclass
 class Generate:
     "Continue a prompt with a trained model, autoregressive or diffusion."
     folder: Positional[Path]  # run folder
-    prompt: str = ""  # text to continue; empty = a new document; infill: <|mask|> where words are missing
+    prompt: str = ""  # text to continue; none: a new document
     samples: int = 1  # how many texts to write
     json: bool = False  # one JSON object a line: prompt and text
     device: str | None = None  # cuda, mps, cpu; none: the best present
@@ -137,6 +140,7 @@ class Generate:
 @dataclass
 class Infill(Generate):
     "Fill the gaps of a text with a diffusion model."
+    prompt: str = ""  # the text, with <|mask|> where words are missing
     gap: int = 1  # tokens that each <|mask|> stands for
     temperature: float = 0.0  # 0 takes the likeliest token
     seed: int = 0  # of the draws
@@ -193,14 +197,14 @@ class Compare:
     repeats: int = 3  # timed rounds; the middle one is reported
     device: str | None = None  # cuda, mps, cpu; none: the best present
 
-    def run(self, writing: Any) -> None:
+    def run(self, writing: Any) -> Iterator[str]:
         from nanollada.compare import compare_runs, comparison_markdown, read_prompts, write_comparison
         prompts = [*self.prompt, *(read_prompts(self.prompts) if self.prompts else [])]
         _refuse(not prompts, "no prompt: give --prompt TEXT, several times if you like, or --prompts FILE")
         report = compare_runs(self.ar, self.diffusion, prompts, writing, self.device, self.repeats)
-        _say(comparison_markdown(report))
+        yield comparison_markdown(report)
         if self.out is not None:
-            _say("written: " + ", ".join(map(str, write_comparison(report, self.out))))
+            yield "written: " + ", ".join(map(str, write_comparison(report, self.out)))
 
 # %% ../nbs/99a_cli.ipynb #Eval
 @dataclass
@@ -231,9 +235,9 @@ class Eval:
         _refuse(self.direction and self.questions != "toy", "--direction is about --questions toy")
         _refuse(self.judge and not samples, "a judge without samples has nothing to judge: give --samples")
 
-    def run(self, writing: Any) -> None:
+    def run(self, writing: Any) -> Iterator[dict]:
         _refuse(self.samples and not writing.temperature, "samples at temperature 0 are all the same")
-        _say(found := _measure(self, writing))
+        yield (found := _measure(self, writing))
         if self.json is not None:
             nanollada.core.write_json(self.json, found)
 
@@ -266,17 +270,18 @@ def _measure(cfg: Eval, writing: Any) -> dict:
         found["questions"] = score_questions(model, tokenizer, questions, how)
     if cfg.samples:
         judge = nanollada.backbone.load_run(cfg.judge, cfg.device)[:2] if cfg.judge else (None, None)
-        learned = ((info["training"] or {}).get("pretrain") or {}).get("data")
+        learned = (info["training"] or {}).get("pretrain")  # a record may hold anything
+        learned = learned.get("data") if isinstance(learned, dict) else None
         language = cfg.language if "toy" in (cfg.data, learned) else False
         found["samples"] = score_samples(model, tokenizer, cfg.samples, writing, *judge, language)
         found["samples"]["judge"] = cfg.judge and str(cfg.judge)
     return found
 
 # %% ../nbs/99a_cli.ipynb #demo
-def demo(cfg: Any) -> None:
+def demo(cfg: Any) -> Iterator[str]:
     "Train three models on the toy language, compare them, draw: minutes on a CPU."
-    _say(nanollada.demo.report_table(nanollada.demo.demo(cfg)))
-    _say(f"\nEverything is in {cfg.out}: report.md, report.json, loss.png, unmasking.gif, three run folders.")
+    yield nanollada.demo.report_table(nanollada.demo.demo(cfg))
+    yield f"\nEverything is in {cfg.out}: report.md, report.json, loss.png, unmasking.gif, three run folders."
 
 
 @dataclass
@@ -284,43 +289,68 @@ class Study:
     "Repeat a study of chapters 20 to 20b: many small trainings side by side, and one table."
     name: Positional[str]  # of the study, such as recipe; a name that is none lists them all
 
-    def run(self, cfg: Any) -> None:
+    def run(self, cfg: Any) -> Iterator[str]:
         from nanollada.studies import conduct, study_table
         known = nanollada.beyond.STUDIES
         _refuse(self.name not in known, f"study is {self.name!r}; expected one of {', '.join(known)}")
         report = conduct(known[self.name], cfg)
-        _say(f"{report['question']}\n\n{study_table(report['rows'], report['by'])}\n")
-        _say(f"Everything is in {cfg.out / self.name}_{cfg.budget}.json.")
+        yield f"{report['question']}\n\n{study_table(report['rows'], report['by'])}\n"
+        yield f"Everything is in {cfg.out / self.name}_{cfg.budget}.json."
+
+
+def bench_train(cfg: Any) -> Iterator[str]:
+    "Measure the speed of training on this machine, against the plain way."
+    return nanollada.bench.bench(cfg)
+
+
+def bench_sample(cfg: Any) -> Iterator[str]:
+    "Measure the speed of writing on this machine, against the official algorithm."
+    return nanollada.bench.bench(cfg)
+
+# %% ../nbs/99a_cli.ipynb #Info
+@dataclass
+class Info:
+    "What a run is: its model, what it learned from and how well, whether it can go on."
+    folder: Positional[Path]  # run folder, finished or not
+    json: bool = False  # the same as JSON, with all digits
+
+    def run(self) -> dict | str:
+        from yaml import safe_dump
+        facts = nanollada.checkpoint.run_facts(self.folder)
+        if self.json:
+            return facts
+        short = json.loads(json.dumps(facts), parse_float=lambda text: float(f"{float(text):.5g}"))
+        return safe_dump(short, sort_keys=False, allow_unicode=True).strip()
 
 
 @dataclass
-class Export:
-    "Write a run in the layout of another world: sdar, block models for engines such as SGLang."
-    folder: Positional[Path]  # run folder
-    out: Path  # folder to make
-    format: Literal["sdar"] = "sdar"  # the layout
+class Completion:
+    "A script for your shell, to complete verbs, flags and choices: source <(nanollada completion bash)."
+    shell: Positional[Literal["bash", "zsh"]] = "bash"  # which shell
 
-    def run(self) -> None:
-        nanollada.interop.export_sdar(self.folder, self.out)
-        _say(f"written: {self.out}")
+    def run(self) -> str:
+        return nanollada.console.completion("nanollada", {v: _blanks(v)[1] for v in VERBS}, self.shell)
 
-
-def bench(cfg: Any) -> None:
-    "Measure the speed of training or of writing on this machine, against the plain way."
-    for line in nanollada.bench.bench(cfg):
-        _say(line)
-
-
+# %% ../nbs/99a_cli.ipynb #WRITING
 _WRITING = "editing:EditWriteConfig"
-VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more classes of flags
+VERBS: dict[str, tuple] = {  # verb: a class with `run`, or a function; more classes of flags; or their places
     "demo": (demo, "demo:DemoConfig"), "data": (Data,), "tokenizer": (Tokenizer,),
     "pretrain": (pretrain, "editing:EditPretrainConfig"), "sft": (sft, "sft:SftConfig"),
     "generate": (Generate, _WRITING), "infill": (Infill,), "chat": (Chat, _WRITING),
     "compare": (Compare, _WRITING), "eval": (Eval, _WRITING),
-    "study": (Study, "studies:StudyConfig"), "export": (Export,),
-    "bench train": (bench, "bench:TrainBench"), "bench sample": (bench, "bench:SampleBench")}
+    "study": (Study, "studies:StudyConfig"), "info": (Info,), "corpora": ("doors:Corpora",),
+    "import": ("doors:Import",), "export": ("doors:Export",), "push": ("doors:Push",),
+    "benchmark": ("doors:Benchmark", "harness:BenchmarkConfig"), "serve": ("doors:Serve", "api:ServeConfig"),
+    "bench train": (bench_train, "bench:TrainBench"), "bench sample": (bench_sample, "bench:SampleBench"),
+    "completion": (Completion,)}
 
-# %% ../nbs/99a_cli.ipynb #parse
+# %% ../nbs/99a_cli.ipynb #blanks
+def _blanks(verb: str) -> tuple[Any, list]:
+    "What a verb calls, and its unchecked flags: an object for each class, with the defaults."
+    parts = [resolve_name(f"nanollada.{part}") if isinstance(part, str) else part for part in VERBS[verb]]
+    return parts[0], [nanollada.console.blank(part) for part in parts if isinstance(part, type)]
+
+
 def _parse(words: list[str]) -> list:
     "A verb's class or function, and its flags: an object for each class. `SystemExit` says what is no flag."
     if re.search(r"[\ud800-\udfff]", "".join(words)):
@@ -328,23 +358,40 @@ def _parse(words: list[str]) -> list:
     verb = next((v for v in VERBS if words[: len(v.split())] == v.split()), None)
     if verb is None:
         raise SystemExit(f"there is no verb {' '.join(words[:2])!r}; expected one of {', '.join(VERBS)}")
-    what, kinds = VERBS[verb][0], [kind for kind in VERBS[verb] if isinstance(kind, (str, type))]
-    kinds = [resolve_name(f"nanollada.{kind}") if isinstance(kind, str) else kind for kind in kinds]
-    flags, box = make_dataclass("Flags", zip(("asked", "writing"), kinds)), io.StringIO()
+    (what, made), box = _blanks(verb), io.StringIO()
+    file = re.findall("\0--config[=\0]([^\0]+)", "\0".join(["", *words]))[-1:]
+    if file:
+        nanollada.console.read_settings(file[0], verb, made)
+    kinds = [Annotated[type(each), tyro.conf.arg(name=title)] for each, title in zip(made, ("", "more"))]
+    flags = make_dataclass("Flags", [*zip(("first", "second"), kinds), ("config", _CONFIG, None)])
     try:
         with redirect_stderr(box):
             found = tyro.cli(flags, prog=f"nanollada {verb}", args=words[len(verb.split()) :],
-                             description=what.__doc__, config=(OmitArgPrefixes, FlagCreatePairsOff))
-        return [what, *vars(found).values()]
+                             description=what.__doc__, default=flags(*made), config=(OmitArgPrefixes,))
+        return [what, *list(vars(found).values())[:-1]]
     except SystemExit as stop:
         cause = stop
         while cause is not None and not isinstance(cause, nanollada.core.UserError):
             cause = cause.__context__
         said = " ".join(row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()[1:])
-        parts = filter(str.strip, re.split(r"[─-]{5,}|Got errors:", said))
+        parts = filter(str.strip, re.split(r"[─-]{5,}|Got errors:", said.replace("first.", "")))
+        if cause and file:
+            cause = nanollada.core.UserError(f"{file[0]}, with the flags beside it: {cause}")
         raise cause or SystemExit(stop.code and next(parts)) from None
 
-# %% ../nbs/99a_cli.ipynb #main
+
+_CONFIG = Annotated[Path | None, tyro.conf.arg(help="YAML or JSON, values for these flags", metavar="FILE")]
+
+# %% ../nbs/99a_cli.ipynb #about
+def _about(what: Any) -> str:
+    "The docstring of what a verb calls; in a module that is not loaded, from its source."
+    if not isinstance(what, str):
+        return what.__doc__
+    module, name = what.split(":")
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
+    return next(ast.get_docstring(node) for node in tree.body if getattr(node, "name", None) == name)
+
+
 def main(arguments: list[str] | None = None) -> int:
     "The `nanollada` command, with these arguments or those of the process; its exit status."
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -352,18 +399,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nanollada {nanollada.__version__}")
         return 0
     if words in ([], ["-h"], ["--help"], ["bench"], ["bench", "--help"]):
-        verbs = [f"  {verb:13} {what.__doc__}" for verb, (what, *_) in VERBS.items()]
+        verbs = [f"  {verb:13} {_about(what)}" for verb, (what, *_) in VERBS.items()]
         print("usage: nanollada VERB [flags]\n", *verbs, "\nnanollada VERB --help tells more.", sep="\n")
         return 2 if words in ([], ["bench"]) else 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        nanollada.console.listen()
         what, *flags = _parse(words)
-        getattr(what, "run", what)(*flags)
+        found = getattr(what, "run", what)(*flags)
+        for value in found if isinstance(found, Iterator) else [found]:
+            if value is not None:
+                _say(value)
         return 0
     except (nanollada.core.UserError, OSError) as error:
         status, reason = 1, error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
             raise
         status, reason = 1, "not enough memory: lower the batch, the length or the size of the model"
     except (KeyboardInterrupt, SystemExit) as stop:

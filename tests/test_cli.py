@@ -10,7 +10,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import nanollada
 from nanollada import toy
 from nanollada.cli import VERBS, main
 from nanollada.sft import toy_conversations
@@ -26,7 +29,8 @@ def place(tmp_path_factory):
 
 
 def flags_of(verb: str) -> list:
-    return [kind for kind in VERBS[verb] if isinstance(kind, (str, type))]
+    parts = [resolve_name(f"nanollada.{part}") if isinstance(part, str) else part for part in VERBS[verb]]
+    return [part for part in parts if isinstance(part, type)]
 
 
 def call(*arguments: object) -> int:
@@ -240,7 +244,7 @@ def test_the_package_is_a_command_for_launchers():
 
 def test_help_and_version_need_no_torch():
     code = "import sys, nanollada.cli as c; c.main(sys.argv[1:]); print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    for flag, said in (("--help", "pretrain"), ("--version", "nanollada 0.1.0")):
+    for flag, said in (("--help", "pretrain"), ("--version", f"nanollada {nanollada.__version__}")):
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, cwd=ROOT, check=True)
         assert said in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
@@ -395,12 +399,138 @@ def test_skip_bad_lines_counts_them(runs, capsys, caplog):
     assert json.loads(capsys.readouterr().out)["train"]["documents"] > 30 and "some.jsonl: 1 bad lines skipped" in caplog.text
 
 
+def weights_of(run: Path) -> dict:
+    return load_file(run / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights_of(one), weights_of(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_file_and_the_command_line_are_the_same_run(runs):
+    "And a flag wins over the file; --pack undoes what the file says."
+    data = {"data": str(runs / "split"), "cache": str(runs / "cache"), "objective": "ar", "preset": "toy", "vocab-size": 400, "length": 64, "context": 512,
+            "valid_fraction": 0.05}
+    train = {"steps": 9, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "eval_every": 3, "save_every": 3, "precision": "no", "device": "cpu",
+             "progress": False, "learning_rate": "1.25e-3"}
+    lines = [f"{name}: {str(value).lower() if value is False else value}" for name, value in data.items()] + ["pack: false", "train:"]
+    (runs / "ar.yaml").write_text("\n".join(lines + [f"  {name}: {value}" for name, value in train.items()]))
+    (runs / "ar.json").write_text(json.dumps(data | {"pack": False, "train": train}, indent="\t"))
+    for kind in ("yaml", "json"):
+        assert call("pretrain", "--config", runs / f"ar.{kind}", "--steps", 3, "--pack", "--out", runs / f"ar_{kind}") == 0
+        assert same_weights(runs / f"ar_{kind}", runs / "ar")
+    assert call("pretrain", f"--config={runs / 'ar.yaml'}", "--steps", 3, "--out", runs / "ar_rows") == 0
+    assert not same_weights(runs / "ar_rows", runs / "ar")
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion", "ar_chat", "diffusion_chat"])
+def test_a_record_can_be_run_again_as_it_stands(tuned, name, tmp_path):
+    verb = "sft" if "chat" in name else "pretrain"
+    again = [verb, "--config", tuned / name / "train_config.json", "--out", tmp_path / "run"]
+    assert call(*again, *(["--cache", tuned / "cache"] if verb == "pretrain" else [])) == 0
+    assert same_weights(tmp_path / "run", tuned / name)
+    other, mine = (json.loads((run / "train_config.json").read_text()) for run in (tuned / name, tmp_path / "run"))
+    assert mine == other
+    assert call(verb, "--config", tmp_path / "run" / "train_config.json", "--steps", 4, "--seed", 1, "--out", tmp_path / "other") == 0
+    assert not same_weights(tmp_path / "other", tuned / name)
+
+
+def test_a_record_of_a_resumed_or_overwriting_run_begins_anew(runs, tmp_path):
+    record = json.loads((runs / "ar" / "train_config.json").read_text())
+    for entry in ("resume", "overwrite"):
+        (tmp_path / "train_config.json").write_text(json.dumps(record | {entry: True}))
+        again = ["pretrain", "--config", tmp_path / "train_config.json", "--cache", runs / "cache", "--out", tmp_path / "run"]
+        assert call(*again) == (0 if entry == "resume" else 1)  # the second time there is a run, which is left alone
+
+
+@pytest.mark.parametrize("text, message", [
+    ("steps: 0", r"bad\.yaml, with the flags beside it: steps is 0; expected 1 to"),
+    ("train: {steps: abc}", r"bad\.yaml: steps is 'abc'; expected int"),
+    ("stepz: 3", r"bad\.yaml: stepz is no setting of pretrain; expected one such as steps"),
+    ("objective: gan", r"bad\.yaml: objective is 'gan'; expected .*'joint'"),
+    ("sft: {data: toy}", "sft is no setting of pretrain")])
+def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert call("pretrain", "--data", "toy", "--config", tmp_path / "bad.yaml", "--out", tmp_path / "run") == 1
+    said = capsys.readouterr()
+    assert re.search(message, said.err) and said.err.count("\n") == 1 and not said.out and not (tmp_path / "run").exists()
+
+
+def test_what_a_file_leaves_out_is_still_required(tmp_path, capsys):
+    (tmp_path / "some.yaml").write_text("data: toy")
+    assert call("pretrain", "--config", tmp_path / "some.yaml") == 2
+    assert "--out" in capsys.readouterr().err
+    assert call("pretrain", "--config", tmp_path / "none.yaml", "--out", "x") == 1
+    assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_info_says_what_a_run_is(tuned, capsys):
+    assert call("info", tuned / "diffusion_chat", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    record = json.loads((tuned / "diffusion_chat" / "train_config.json").read_text())
+    valid = min((r for r in map(json.loads, (tuned / "diffusion_chat" / "metrics.jsonl").open()) if r["split"] == "valid"), key=lambda r: r["loss"])
+    assert facts["parameters"] == sum(value.numel() for value in weights_of(tuned / "diffusion_chat").values())
+    assert facts["best"] == {"NELBO, a bound": valid["loss"], "unit": "nats per answer token", "standard_error": valid["standard_error"], "update": 2}
+    assert facts["begun_from"] == str(tuned / "diffusion") and facts["fine_tuned"] == {"canvas": record["sft"]["gen_length"]}
+    assert facts["updates"] == {"done": 2, "of": 2, "weights_of": record["saved"]} and facts["resumes_from"] == "state/step-00000002"
+    assert call("info", tuned / "ar") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^trained_as: ar$", said, re.M) and "exact NLL" in said and f"\ntokens: {3 * 4 * 64}\n" in said and "fine_tuned" not in said
+
+
+def test_info_of_half_a_run_of_weights_alone_and_of_none(tmp_path, capsys):
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "train_config.json").write_text('{"steps": 5, "pretrain": {"data": "toy", "objective": "joint"}, "saved": null}')
+    assert call("info", tmp_path / "young", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["resumes_from"] == "the beginning" and "parameters" not in facts and facts["updates"]["done"] == 0
+    assert call("info", ROOT / "nbs" / "weights" / "lucy") == 0
+    assert "parameters: 481584" in capsys.readouterr().out
+    for wrong, message in (("nothing", "is no run"), ("young", "damaged")):
+        (tmp_path / "young" / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert call("info", tmp_path / wrong) == 1
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_bash_completes_verbs_flags_and_choices(tmp_path, capsys):
+    assert call("completion", "bash") == 0
+    (tmp_path / "nanollada").write_text(capsys.readouterr().out)
+    ask = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); $(complete -p nanollada | sed "s/.*-F //; s/ .*//"); printf "%s\\n" "${COMPREPLY[@]}"'
+    for line, expected in (("pret", {"pretrain"}), ("pretrain --ob", {"--objective"}), ("pretrain --objective ", {"ar", "diffusion", "joint", "block", "editing"}),
+                           ("pretrain --data toy --no-p", {"--no-pack", "--no-progress"}), ("bench ", {"train", "sample"}), ("generate run", {""}),
+                           ("bench sample --ar", {"--ar-run"}), ("sft --out ", {""}), ("completion ", {"bash", "zsh", "--help", "--config"})):
+        done = subprocess.run(["bash", "-c", ask, tmp_path / "nanollada", "nanollada", *line.split(" ")], capture_output=True, text=True, check=True)
+        assert set(done.stdout.splitlines()) == expected and not done.stderr, line
+    listed = subprocess.run(["bash", "-c", ask, tmp_path / "nanollada", "nanollada", ""], capture_output=True, text=True).stdout.split()
+    assert set(listed) == {verb.split()[0] for verb in VERBS}
+    assert call("completion", "zsh") == 0 and "bashcompinit" in capsys.readouterr().out
+
+
+def test_a_warning_is_one_line(runs, capsys):
+    (runs / "warn.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in toy.sample(50, 3, "en")) + "not json\n")
+    for _ in range(2):
+        assert call("data", runs / "warn.jsonl", "--out", runs / "warn", "--skip-bad-lines", "--valid-fraction", 0.2, "--overwrite") == 0
+        assert capsys.readouterr().err == f"nanollada: warning: {runs / 'warn.jsonl'}: 1 bad lines skipped\n"
+
+
+def test_a_verb_of_another_module_is_one_line(monkeypatch, capsys):
+    "What it returns is printed; its help does not import it."
+    monkeypatch.setitem(VERBS, "measure", ("bench:bench_table", "demo:DemoConfig"))
+    assert call("--help") == 0
+    assert "measure       Lines of Markdown" in capsys.readouterr().out
+    monkeypatch.setattr("nanollada.bench.bench_table", lambda cfg: iter([f"seed {cfg.seed}", {"a": 1}, None]))
+    assert call("measure", "--seed", 7) == 0
+    assert capsys.readouterr().out == 'seed 7\n{\n  "a": 1\n}\n'
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_flag_is_explained(verb, capsys):
     assert call(*verb.split(), "--help") == 0
     text = capsys.readouterr().out
     rows = re.split(r"\n[│ ]*(?=--?[a-zA-Z])", re.sub(r"[ │]+\n", "\n", text))
-    assert len(rows) > 3
+    assert len(rows) > 2
     bare = [row.split()[0] for row in rows[1:] if not re.search(r"[a-z]{3,} ", re.sub(r"--\S+|\(default[^)]*\)|\(required\)", "", row))]
     assert not bare, bare
 
@@ -422,7 +552,7 @@ def test_commands_of_the_results_page_exist():
 def _fields(verb: str) -> set[str]:
     "Names of all flags of a verb, those of nested configurations too."
     found = set()
-    kinds = [resolve_name(f"nanollada.{kind}") if isinstance(kind, str) else kind for kind in flags_of(verb)]
+    kinds = flags_of(verb)
     while kinds:
         for field in dataclasses.fields(kinds.pop()):
             found.add(field.name)
