@@ -339,11 +339,13 @@ def tidy(found: dict) -> dict[str, dict]:
 def benchmark(run: Any, cfg: BenchmarkConfig, tasks: Sequence[str | dict] = ()) -> dict:
     "Results of tasks, of `cfg` or lm-eval's dicts, and all they rest on. `UserError` if one is unknown."
     lm, names = harness_model(run, cfg), list(tasks) or cfg.tasks.replace(",", " ").split()
+    if not names:
+        raise UserError("no task was named; expected --tasks arc_easy, say")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     index = TaskManager(include_path=cfg.include, include_defaults=not (cfg.include or tasks))
     missing = [name for name in names if isinstance(name, str) and not index.match_tasks([name])]
-    if missing or not names:
+    if missing:
         raise UserError(f"no task {', '.join(missing)} in {cfg.include or 'lm-eval'}; expected arc_easy, say")
     found = simple_evaluate(
         lm, tasks=names, task_manager=index, num_fewshot=cfg.shots, limit=cfg.limit,

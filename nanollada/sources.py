@@ -68,7 +68,7 @@ def _announce(source: str, card: Path | None = None) -> None:
         words = f"{one.title}, about {size}, licence {one.licence}: {one.page}"
     else:
         text = card.open(encoding="utf-8", errors="replace").read(10**6) if card and card.is_file() else ""
-        found = re.search(r"^license:(?:[ \t]*|\s*- )([\w.-]+)", text, re.M)
+        found = re.search(r"^license:(?:[ \t]*|\s*- )[\"']?([\w.-]+)", text, re.M)
         words = f"licence {found[1] if found else 'not named'}; for its size see {_HUB}{source.split(':')[0]}"
     logging.getLogger(__name__).warning("downloading %s: %s", source, words)
 

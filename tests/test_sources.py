@@ -192,7 +192,7 @@ def test_licence_and_size_are_said_before_the_first_byte(hub, monkeypatch, caplo
         assert re.search(words, caplog.messages[0]) and caplog.records[0].levelname == "WARNING"
 
 
-@pytest.mark.parametrize("card, licence", [("license: mit\n", "mit"), ("license:\n- cc-by-4.0\n- mit\n", "cc-by-4.0"), ("", "not named"),
+@pytest.mark.parametrize("card, licence", [("license: mit\n", "mit"), ("license: \"mit\"\n", "mit"), ("license:\n- cc-by-4.0\n- mit\n", "cc-by-4.0"), ("", "not named"),
                                            ("license:\nlanguage: en\n", "not named"), ("# license: mit", "not named"),
                                            ("license: \x1b[31mred", "not named"), ("\udcff license: mit", "not named")])
 def test_the_licence_of_any_data_set_is_that_of_its_card(tmp_path, caplog, card, licence):
