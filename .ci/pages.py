@@ -110,7 +110,7 @@ def stage() -> Path:
     "Write every page into _proc; the folder."
     from nbdev.serve import proc_nbs
     folder = proc_nbs(n_workers=0, force=True)
-    (folder / "api.qmd").write_text(api_page(), encoding="utf-8")
+    (folder / "package.qmd").write_text(api_page(), encoding="utf-8")
     return folder
 
 

@@ -57,7 +57,7 @@ def test_a_chapter_answers_two_exercises_and_says_what_comes_next(path):
 def test_links_between_pages_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+?)(?:#[^)\s]*)?\)", text_of(path)):
         if not re.match(r"https?:|mailto:", target):
-            made = target == "api.qmd"  # when the pages are staged
+            made = target == "package.qmd"  # when the pages are staged
             assert made or (NBS / target).exists(), f"{path.name} links to {target}"
 
 
@@ -117,6 +117,13 @@ def test_the_api_page_has_every_public_name(pages):
             assert path.stem.startswith("_") or f"[`{name}`]" in page, f"{path.stem}.{name}"
 
 
+def test_no_two_pages_have_one_address():
+    "nbdev leaves the number of a notebook out of its page's name; a page of another kind may have it already."
+    names = [re.sub(r"^\d\d[a-z]?_", "", path.stem) for path in NBS.glob("*.ipynb")]
+    names += [path.stem for path in NBS.glob("*.qmd")] + ["package"]  # which is made when the pages are staged
+    assert "api" in names and len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+
+
 def test_what_the_site_is_made_of_is_there():
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     wanted = [*site["project"]["resources"], site["bibliography"], site["website"]["favicon"], site["website"]["image"]]
@@ -124,7 +131,7 @@ def test_what_the_site_is_made_of_is_there():
     missing = [name for name in wanted if not list(NBS.glob(name))]
     assert not missing
     listed = re.findall(r"[\w/]+\.(?:ipynb|qmd)", json.dumps(site["website"]))
-    assert not [name for name in listed if not (NBS / name).exists() and name != "api.qmd"]
+    assert not [name for name in listed if not (NBS / name).exists() and name != "package.qmd"]
     assert "fonts.googleapis" not in "".join((NBS / name).read_text() for name in ("custom.scss", "dark.scss"))
 
 
