@@ -82,7 +82,7 @@ def test_heavy_libraries_are_extras(metadata):
     needs = {re.match(r"[\w-]+", need).group().lower() for need in metadata.get_all("Requires-Dist") if "extra ==" not in need}
     assert {"torch", "transformers", "tyro"} <= needs
     assert not needs & {"datasets", "gradio", "lm-eval", "fastapi", "openai", "playwright", "jieba", "opencc", "nbdev", "pytest", "wandb"}
-    assert {"dev", "eval", "web", "hub", "browser"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dev", "eval", "web", "hub", "chinese"} == set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_command_and_nbdev_find_their_way_in(wheel):
