@@ -391,7 +391,7 @@ def _about(what: Any) -> str:
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
     return next(ast.get_docstring(node) for node in tree.body if getattr(node, "name", None) == name)
 
-
+# %% ../nbs/99a_cli.ipynb #main
 def main(arguments: list[str] | None = None) -> int:
     "The `nanollada` command, with these arguments or those of the process; its exit status."
     words = list(sys.argv[1:] if arguments is None else arguments)

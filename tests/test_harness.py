@@ -20,7 +20,7 @@ from nanollada.elbo import exact_nelbo
 from nanollada.fast import BlockDenoiser, WriteConfig, generate_text, write_ids
 from nanollada.harness import (
     BenchmarkConfig, ar_log_likelihoods, asked_settings, benchmark, benchmark_table, change, cut_at, harness_model, model_class,
-    shared_bounds, writes_greedily,
+    pairs_of, shared_bounds, writes_greedily,
 )
 from nanollada.likelihood import chain_rule_log_likelihood, greedy_match, log_likelihood, score_choices
 from nanollada.sft import answer
@@ -226,17 +226,17 @@ def test_greedy_is_what_is_written(kind, caplog):
 
 def test_spaces_go_with_the_answer_and_the_text_is_cut_as_a_whole():
     lm = harness("diffusion")
-    (context, right), (other, _), (empty, _) = lm.pairs([("The dog sat ", "down"), ("The dog sat", " down"), ("", "a")], 96)
+    (context, right), (other, _), (empty, _) = pairs_of(lm, [("The dog sat ", "down"), ("The dog sat", " down"), ("", "a")], 96)
     assert context == other == [WORDS.bos_token_id, *encode(WORDS, "The dog sat")] and WORDS.decode(right) == " down"
     assert empty == [WORDS.bos_token_id]
-    assert harness("diffusion", bos=False).pairs([("The dog sat", " down"), ("", "a")], 96) == [(context[1:], right), (empty, encode(WORDS, "a"))]
+    assert pairs_of(harness("diffusion", bos=False), [("The dog sat", " down"), ("", "a")], 96) == [(context[1:], right), (empty, encode(WORDS, "a"))]
     assert lm.counts["seams"] == 0
     joint = encode(WORDS, "own")
     assert joint != [*encode(WORDS, "ow"), *encode(WORDS, "n")]  # a word that is one token
-    lm.pairs([("ow", "n")], 96)
+    pairs_of(lm, [("ow", "n")], 96)
     assert lm.counts["seams"] == 1
     with pytest.raises(UserError, match="is empty"):
-        lm.pairs([("The dog", "")], 96)
+        pairs_of(lm, [("The dog", "")], 96)
 
 
 @pytest.mark.parametrize("kind", ["ar", "diffusion", "block"])
@@ -313,7 +313,7 @@ def test_conversations_are_those_of_fine_tuning():
     assert text == WORDS.apply_chat_template([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
     (made,) = lm.generate_until(asks("generate_until", [(text, {"max_gen_toks": 10})]))
     assert made == answer(lm.model, WORDS, [asked], gen_length=10)[0]
-    ((context, right),) = lm.pairs([(text, "Lucy")], 97)
+    ((context, right),) = pairs_of(lm, [(text, "Lucy")], 97)
     assert right == encode(WORDS, "Lucy") and context == lm.form.context(lm.form.encode([{"role": "user", "content": asked}]))
     assert context.count(WORDS.eos_token_id) == 1  # the mark in the question is text
     begun = lm.apply_chat_template([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}], False)
